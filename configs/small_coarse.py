@@ -1,0 +1,24 @@
+"""Small model, stage 1 of 4: E_c and D_c.
+
+python -m zipir_jax.train --config configs/small_coarse.py --data.folder PHOTOS
+"""
+
+from zipir_jax.config import MODELS, DataConfig, DiscriminatorConfig, LossConfig, OptimizerConfig, TrainConfig
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        stage="coarse",
+        model=MODELS["small"],
+        output="runs/small/coarse",
+        data=DataConfig(crop=256, batch_size=16, zoom=(0.4, 1.0), rotate=True, threads=2, cache_gib=2.0),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=100, weight_decay=0.01, beta2=0.99
+        ),
+        loss=LossConfig(adversarial=0.0),
+        discriminator=DiscriminatorConfig(base_channels=32, compute_dtype="float32"),
+        steps=1200,
+        ema_decay=0.995,
+        checkpoint_minutes=3.0,
+        sample_every=300,
+    )

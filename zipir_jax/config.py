@@ -1,0 +1,392 @@
+"""Every setting of the project, once, with its unit and its source in the paper."""
+
+import dataclasses
+import math
+
+# --------------------------------------------------------------------------------------------------
+# Degradation: what turns a clean photograph into the low-quality (LQ) input.
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A degradation with nothing random but its noise: blur, then downscale, then noise, then JPEG.
+
+    The blur acts on the clean image's pixels, the noise on the downscaled image's: the classic order. The
+    paper names the four steps without saying in which order they are applied.
+    """
+
+    downscale: int = 1  # clean size / LQ size; antialiased bicubic
+    blur_sigma: float = 0.0  # standard deviation of the Gaussian blur in clean pixels; 0 = absent
+    noise_sigma: float = 0.0  # standard deviation of the Gaussian noise on the scale 0..255; 0 = absent
+    jpeg_quality: int | None = None  # 1..100; None = absent
+
+    def __post_init__(self):
+        if self.downscale < 1:
+            raise ValueError(f"downscale {self.downscale} is below 1.")
+        if self.blur_sigma < 0 or self.noise_sigma < 0:
+            raise ValueError(f"blur sigma {self.blur_sigma} or noise sigma {self.noise_sigma} is below 0.")
+        if self.jpeg_quality is not None and not 1 <= self.jpeg_quality <= 100:
+            raise ValueError(f"JPEG quality {self.jpeg_quality} lies outside 1..100.")
+
+
+TASKS = {
+    "sr8": Task(downscale=8),  # paper Table 1
+    "sr16": Task(downscale=16),  # paper Table 1
+    "mixture": Task(downscale=8, blur_sigma=2.0, noise_sigma=40.0, jpeg_quality=50),  # paper Table 1
+    "fig4": Task(downscale=8, blur_sigma=1.0, noise_sigma=15.0, jpeg_quality=65),  # paper Figs. 4, 21, 22
+    "fig4_x4": Task(downscale=4, blur_sigma=1.0, noise_sigma=15.0, jpeg_quality=65),  # same, x4
+}
+
+
+def _check_range(name, bounds, lowest, highest=math.inf):
+    """Raises ValueError unless lowest <= bounds[0] <= bounds[1] <= highest."""
+    if not lowest <= bounds[0] <= bounds[1] <= highest:
+        raise ValueError(f"{name} {bounds} is not a rising range within {lowest} to {highest}.")
+
+
+def _check_probability(name, value):
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} {value} is not a probability between 0 and 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlurKernels:
+    """Probability of each family of blur kernels, given that the blur is not a sinc filter.
+
+    Source: Real-ESRGAN x4plus training options (`kernel_list`, `kernel_prob`), the same in both orders.
+    """
+
+    iso: float = 0.45
+    aniso: float = 0.25
+    generalized_iso: float = 0.12
+    generalized_aniso: float = 0.03
+    plateau_iso: float = 0.12
+    plateau_aniso: float = 0.03
+
+    def __post_init__(self):
+        values = dataclasses.astuple(self)
+        for field, value in zip(dataclasses.fields(self), values, strict=True):
+            _check_probability(f"kernel probability {field.name}", value)
+        if abs(sum(values) - 1) > 1e-6:
+            raise ValueError(f"the kernel probabilities sum to {sum(values):g} instead of 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DegradationOrder:
+    """One round of blur, resize, noise and JPEG. A pair is (lowest, highest) of what is drawn uniformly.
+
+    Source: Real-ESRGAN (Wang et al. 2021) section 3 and its x4plus training options; the defaults are the
+    first order's.
+    """
+
+    blur_probability: float = 1.0
+    sinc_probability: float = 0.1  # that the blur is a sinc filter and not one of `kernels`
+    kernels: BlurKernels = BlurKernels()
+    kernel_size: tuple[int, int] = (7, 21)  # pixels; only odd sizes are drawn
+    blur_sigma: tuple[float, float] = (0.2, 3.0)  # pixels of the clean image; along each axis
+    generalized_shape: tuple[float, float] = (0.5, 4.0)  # exponent; half below 1, half above
+    plateau_shape: tuple[float, float] = (1.0, 2.0)  # exponent; half at 1, half above
+    sinc_cutoff_small: tuple[float, float] = (math.pi / 3, math.pi)  # rad / pixel, kernels below 13 pixels
+    sinc_cutoff_large: tuple[float, float] = (math.pi / 5, math.pi)  # rad / pixel, the others
+
+    resize_up_probability: float = 0.2
+    resize_down_probability: float = 0.7  # the rest keeps the size
+    resize_scale: tuple[float, float] = (0.15, 1.5)  # factor; down draws below 1, up above
+
+    gaussian_probability: float = 0.5  # that the noise is Gaussian; otherwise it is Poisson
+    gaussian_sigma: tuple[float, float] = (1.0, 30.0)  # standard deviation on the scale 0..255
+    poisson_scale: tuple[float, float] = (0.05, 3.0)  # factor on the noise of counting 0..256 photons
+    grey_probability: float = 0.4  # that the noise is the same in the three channels
+
+    jpeg_quality: tuple[int, int] = (30, 95)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.name.endswith("_probability"):
+                _check_probability(field.name, getattr(self, field.name))
+        _check_probability(
+            "resize_up_probability + resize_down_probability",
+            self.resize_up_probability + self.resize_down_probability,
+        )
+        _check_range("kernel_size", self.kernel_size, 1)
+        if self.kernel_size[0] % 2 == 0 or self.kernel_size[1] % 2 == 0:
+            raise ValueError(f"kernel_size {self.kernel_size} has an even end; blur kernels are odd.")
+        _check_range("blur_sigma", self.blur_sigma, 0.01)
+        _check_range("generalized_shape", self.generalized_shape, 0.01)
+        _check_range("plateau_shape", self.plateau_shape, 0.01)
+        _check_range("sinc_cutoff_small", self.sinc_cutoff_small, 0.01, math.pi)
+        _check_range("sinc_cutoff_large", self.sinc_cutoff_large, 0.01, math.pi)
+        _check_range("resize_scale", self.resize_scale, 0.01)
+        _check_range("gaussian_sigma", self.gaussian_sigma, 0)
+        _check_range("poisson_scale", self.poisson_scale, 0)
+        _check_range("jpeg_quality", self.jpeg_quality, 1, 100)
+
+
+@dataclasses.dataclass(frozen=True)
+class DegradationConfig:
+    """How a clean training image becomes its low-quality (LQ) partner.
+
+    The paper (section 3.2) uses "methods similar to" Real-ESRGAN and resizes the result back to the clean
+    size. Every number is Real-ESRGAN's, except where the comment says ours.
+    """
+
+    # Ours. The paper trains one model for everything it scores, and the noise of its mixture task (sigma 40)
+    # lies outside Real-ESRGAN's range; so half of the items take a task of Table 1, with equal shares.
+    task_probability: float = 0.5
+    tasks: tuple[str, ...] = ("sr8", "sr16", "mixture")  # keys of TASKS
+
+    # Ours: clean size / LQ size, drawn log-uniformly so that each octave has the same share. Real-ESRGAN
+    # fixes 4; the paper's tasks go to 16, and photographs from the wild have been shrunk little or not at all.
+    scale: tuple[float, float] = (1.0, 16.0)
+
+    first: DegradationOrder = DegradationOrder()
+    second: DegradationOrder = DegradationOrder(
+        blur_probability=0.8,
+        blur_sigma=(0.2, 1.5),
+        resize_up_probability=0.3,
+        resize_down_probability=0.4,
+        resize_scale=(0.3, 1.2),  # relative to the LQ size, not to the image that the first order left
+        gaussian_sigma=(1.0, 25.0),
+        poisson_scale=(0.05, 2.5),
+    )
+
+    # The second order's JPEG comes before or after the final resize and sinc filter with even odds.
+    final_sinc_probability: float = 0.8
+    final_sinc_size: tuple[int, int] = (7, 21)  # pixels; only odd sizes are drawn
+    final_sinc_cutoff: tuple[float, float] = (math.pi / 3, math.pi)  # rad / pixel
+
+    def __post_init__(self):
+        _check_probability("task_probability", self.task_probability)
+        _check_probability("final_sinc_probability", self.final_sinc_probability)
+        for name in self.tasks:
+            if name not in TASKS:
+                raise ValueError(f"task {name!r} is not one of {', '.join(TASKS)}.")
+        if self.task_probability > 0 and not self.tasks:
+            raise ValueError(f"task_probability is {self.task_probability} but tasks is empty.")
+        _check_range("scale", self.scale, 1)
+        _check_range("final_sinc_size", self.final_sinc_size, 1)
+        if self.final_sinc_size[0] % 2 == 0 or self.final_sinc_size[1] % 2 == 0:
+            raise ValueError(f"final_sinc_size {self.final_sinc_size} has an even end; kernels are odd.")
+        _check_range("final_sinc_cutoff", self.final_sinc_cutoff, 0.01, math.pi)
+
+
+# --------------------------------------------------------------------------------------------------
+# Diffusion
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """The noise process of the paper (supplement A)."""
+
+    train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012  # betas are linear between the two
+    logit_normal_mean: float = 0.0  # of logit(t / T) when timesteps are drawn for training
+    logit_normal_std: float = 1.0
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Encoder and decoder of one band of the LP-VAE (paper supplement A)."""
+
+    latent_channels: int  # of the band that the encoder writes
+    decoder_channels: int  # that the decoder reads: this band and all below it
+    base_channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of base_channels, one per scale, highest resolution first
+    blocks_per_scale: int = 2
+    patch: int = 1  # pixels; the image is folded into patches before the first scale (1 in the paper)
+    pixel_channels: int = 8  # at full resolution, before the last convolution; only where patch > 1
+    compute_dtype: str = "bfloat16"
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the image it reads per latent pixel."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LPVAEConfig:
+    """Latent Pyramid VAE: macro 3 + coarse 9 + fine 52 = 64 channels, 32x smaller (paper section 3.1)."""
+
+    coarse: AutoencoderConfig = AutoencoderConfig(latent_channels=9, decoder_channels=12)
+    fine: AutoencoderConfig = AutoencoderConfig(
+        latent_channels=52, decoder_channels=64, multipliers=(1, 2, 4, 4, 4, 4)
+    )
+
+    def __post_init__(self):
+        for name, band, factor in (("coarse", self.coarse, 8), ("fine", self.fine, 32)):
+            if band.factor != factor:
+                raise ValueError(
+                    f"the {name} band's patch {band.patch} and {len(band.multipliers)} scales shrink "
+                    f"{band.factor}x instead of {factor}x"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Diffusion transformer; the defaults are the paper's 3.12B (section 3.2, supplement A)."""
+
+    layers: int = 24
+    width: int = 2048
+    heads: int = 16
+    mlp_ratio: int = 4  # hidden width of the feed-forward network / width
+    swiglu: bool = True  # else the GELU network of DiT
+    text_width: int = 4096  # channels of the text embeddings (T5-XXL); 0 = no cross-attention
+    patch: int = 1  # latent pixels a token covers on each side
+    latent_channels: int = 64
+    bias: bool = False  # in the linear layers of attention and feed-forward
+    attention: str = "xla"  # implementation: see models/attention.py
+    compute_dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        if self.width % self.heads or self.width // self.heads % 4:
+            raise ValueError(
+                f"width {self.width} over {self.heads} heads is not a multiple of 4 channels a head, "
+                "which 2-D rotary positions need"
+            )
+
+    @property
+    def modulations(self) -> int:
+        """adaLN-zero vectors a block: shift, scale and gate for each sublayer."""
+        return 9 if self.text_width else 6
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that defines a set of weights."""
+
+    lp_vae: LPVAEConfig = LPVAEConfig()
+    dit: DiTConfig = DiTConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+
+
+MODELS = {
+    "paper": ModelConfig(),
+    # The paper's smaller DiT: DiT-XL's shape, no text.
+    "dit_0p68b": ModelConfig(
+        dit=DiTConfig(layers=28, width=1152, swiglu=False, text_width=0, bias=True),
+    ),
+    # The default weights: trained on two CPU cores, 12 MiB in bfloat16.
+    "small": ModelConfig(
+        lp_vae=LPVAEConfig(
+            coarse=AutoencoderConfig(
+                latent_channels=9,
+                decoder_channels=12,
+                base_channels=24,
+                multipliers=(1, 2, 3),
+                patch=2,
+                compute_dtype="float32",
+            ),
+            fine=AutoencoderConfig(
+                latent_channels=52,
+                decoder_channels=64,
+                base_channels=16,
+                multipliers=(3, 4, 6, 6),
+                patch=4,
+                compute_dtype="float32",
+            ),
+        ),
+        dit=DiTConfig(layers=5, width=128, heads=4, text_width=0, compute_dtype="float32"),
+    ),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Patch discriminator (Isola et al. 2017)."""
+
+    base_channels: int = 64
+    layers: int = 3  # of stride 2, the last of stride 1 apart
+    compute_dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Training images and how they are cut."""
+
+    folder: str = ""  # searched with its subfolders
+    crop: int = 512  # pixels, side of the square crop; a multiple of 32
+    batch_size: int = 160  # images
+    zoom: tuple[float, float] = (0.5, 1.0)  # each crop is a region of crop / zoom pixels, shrunk to crop
+    rotate: bool = False  # by multiples of 90 degrees; horizontal flips are always on
+    threads: int = 4  # that read and degrade
+    cache_gib: float = 0.0  # memory for decoded images, so that each is decoded once
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay (paper supplement A)."""
+
+    learning_rate: float = 5e-5
+    final_learning_rate: float = 5e-6
+    warmup_steps: int = 1000
+    weight_decay: float = 0.05  # of matrices and kernels; vectors are exempt
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0  # global norm of the gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights of the image losses of the LP-VAE and pixel-aware decoder stages (paper section 3.1)."""
+
+    l1: float = 1.0  # mean absolute error on [-1, 1]
+    lpips: float = 1.0
+    lpips_net: str = "auto"  # alexnet | vgg16 | auto: alexnet on CPU, vgg16 elsewhere
+    kl: float = 1e-6  # sum over latent values / number of image values
+    adversarial: float = 0.5  # times the adaptive weight of Esser et al. 2021, eq. 7
+    adversarial_start: int = 0  # step
+    discriminator_learning_rate: float = 5e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One stage of training, from data to weights."""
+
+    stage: str = "coarse"  # coarse | fine | dit | pixel_decoder
+    model: ModelConfig = ModelConfig()
+    output: str = ""  # run folder: checkpoints, samples, weights
+    init_from: str = ""  # weights of the stages before; required by all but coarse
+    data: DataConfig = DataConfig()
+    degradation: DegradationConfig = DegradationConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    steps: int = 50_000
+    seed: int = 0
+    ema_decay: float = 0.9999
+    checkpoint_minutes: float = 10.0
+    sample_every: int = 1000  # steps between sample grids
+    statistics_images: int = 512  # from which the macro and latent statistics are measured
+    noise_draws: int = 1  # dit: timesteps and noises per encoded image; more make one encoding go further
+    # pixel_decoder: the latent it learns to decode. "clean" is the paper's reconstruction objective, the latent of
+    # the clean image; "sampled" is what the trained DiT makes of the degraded image, as in use (needs a DiT).
+    decoder_latent: str = "clean"
+    decoder_sampling_steps: int = 8  # DDIM steps for "sampled"
+
+
+# --------------------------------------------------------------------------------------------------
+# Restoring
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How a latent is sampled; the defaults are the paper's (section 4, supplement G)."""
+
+    steps: int = 25  # DDIM steps
+    guidance: float = 3.5  # classifier-free guidance; acts only where there is a negative text
+    spacing: str = "trailing"  # or leading; see diffusion/schedule.py
+    eta: float = 0.0  # 0 = deterministic DDIM, 1 = DDPM's variance

@@ -1,0 +1,90 @@
+"""Image files to arrays and back."""
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+OUTPUT_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def list_images(folder: Path, recursive: bool = False) -> list[Path]:
+    """The image files of a folder by name, sorted. Raises ValueError if there is no such folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    paths = folder.rglob("*") if recursive else folder.iterdir()
+    return sorted(p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+
+
+def read_image(path: Path) -> Float32[np.ndarray, "h w 3"]:
+    """An image file as float32 [h, w, 3] in [-1, 1], turned upright as its EXIF orientation says.
+
+    Grey and palette images become RGB; alpha is dropped; 16 bits keep their precision. Raises ValueError, with the
+    path in it, for a file that is missing, empty, truncated, or no image.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I") or image.mode == "F":
+                    pixels = np.asarray(image, np.float32)
+                    pixels = np.repeat(pixels[..., None], 3, -1) / (65535 if pixels.max() > 255 else 255)
+                else:
+                    pixels = np.asarray(image.convert("RGB"), np.float32) / 255
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not an image that can be read") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: the image is damaged ({error})") from None
+    return pixels * 2 - 1
+
+
+def to_uint8(image: Float32[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
+    """[-1, 1] to 0..255, rounded and clipped."""
+    return np.clip(np.round((np.asarray(image) + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def write_image(path: Path, image: Float32[np.ndarray, "h w 3"]) -> None:
+    """Write float32 [h, w, 3] in [-1, 1] as PNG, JPEG (quality 95) or lossless WebP, by the path's suffix.
+
+    The file appears whole or not at all. Raises ValueError for another suffix or a folder that cannot be written.
+    """
+    path = Path(path)
+    file_format = OUTPUT_FORMATS.get(path.suffix.lower())
+    if file_format is None:
+        raise ValueError(f"{path}: the output must end in one of {', '.join(OUTPUT_FORMATS)}")
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(file_format, {})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise ValueError(f"{path.parent}: cannot be written to ({error.strerror})") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            Image.fromarray(to_uint8(image)).save(file, file_format, **options)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,125 @@
+"""Building blocks shared by the networks, and the bridge from `flax.nnx` modules to plain dicts of arrays.
+
+Everything here is strictly local: convolutions and norms over the channels of one pixel, never over space, so that
+a network can run in tiles or with its height sharded and give the same image (DESIGN 3.4).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+@functools.lru_cache(maxsize=None)
+def _abstract(module_class, config):
+    return nnx.split(nnx.eval_shape(lambda: module_class(config, nnx.Rngs(0))))
+
+
+def abstract_params(module_class, config) -> dict:
+    """Nested dict of `jax.ShapeDtypeStruct`, one per parameter of `module_class(config)`; allocates nothing."""
+    return _plain(_abstract(module_class, config)[1])
+
+
+def _plain(state: nnx.State) -> dict:
+    """Nested dict with string keys throughout, as files and checkpoints keep them."""
+
+    def stringify(tree):
+        return {str(k): stringify(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+    return stringify(nnx.to_pure_dict(state))
+
+
+def init_params(module_class, config, key) -> dict:
+    """Nested dict of freshly initialised parameters of `module_class(config)`."""
+
+    def create(key):
+        return _plain(nnx.split(module_class(config, nnx.Rngs(key)))[1])
+
+    return jax.jit(create)(key)
+
+
+def bind(module_class, config, params: dict):
+    """The module `module_class(config)` with these parameters; call it inside any `jax` transform."""
+    graphdef, state = _abstract(module_class, config)
+    state = jax.tree.map(lambda x: x, state)  # a copy of the structure: the cached one stays abstract
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def count_params(params: dict) -> int:
+    """Number of scalars in a tree of arrays or of `jax.ShapeDtypeStruct`."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def area_downsample(image: Float[Array, "b h w c"], factor: int) -> Float[Array, "b h2 w2 c"]:
+    """Mean over `factor` x `factor` pixels; local, so it commutes with tiling.
+
+    Raises ValueError if a side is not a multiple of `factor`.
+    """
+    b, h, w, c = image.shape
+    for name, side in (("height", h), ("width", w)):
+        if side % factor:
+            raise ValueError(f"{name} {side} is not a multiple of {factor}")
+    return image.reshape(b, h // factor, factor, w // factor, factor, c).mean((2, 4))
+
+
+def space_to_depth(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2 w2 c2"]:
+    """Fold every `patch` x `patch` block of pixels into channels."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h // patch, w // patch, patch * patch * c)
+
+
+def depth_to_space(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2 w2 c2"]:
+    """The inverse of `space_to_depth`."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, patch, patch, c // patch**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * patch, w * patch, c // patch**2)
+
+
+def conv(in_channels, out_channels, rngs, *, dtype, kernel=3, stride=1, zero=False):
+    """A convolution; 'SAME' padding. `zero` starts it at zero (residual branches that begin as the identity)."""
+    init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
+    # Explicit padding: 'SAME' would pad a strided convolution on one side only and shift the image.
+    pad = (kernel - 1) // 2
+    return nnx.Conv(
+        in_channels,
+        out_channels,
+        (kernel, kernel),
+        strides=stride,
+        padding=((pad, pad), (pad, pad)),
+        kernel_init=init,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+class ResidualBlock(nnx.Module):
+    """Two 3x3 convolutions, each after RMS norm over channels and Swish, added to the input."""
+
+    def __init__(self, in_channels, out_channels, rngs, *, dtype, zero=False):
+        self.norm1 = nnx.RMSNorm(in_channels, dtype=dtype, rngs=rngs)
+        self.conv1 = conv(in_channels, out_channels, rngs, dtype=dtype)
+        self.norm2 = nnx.RMSNorm(out_channels, dtype=dtype, rngs=rngs)
+        self.conv2 = conv(out_channels, out_channels, rngs, dtype=dtype, zero=zero)
+        same = in_channels == out_channels
+        self.skip = None if same else conv(in_channels, out_channels, rngs, dtype=dtype, kernel=1)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
+        h = self.conv1(nnx.swish(self.norm1(x)))
+        h = self.conv2(nnx.swish(self.norm2(h)))
+        return h + (x if self.skip is None else self.skip(x))
+
+
+class Upsample(nnx.Module):
+    """Nearest-neighbour 2x, then a 3x3 convolution."""
+
+    def __init__(self, channels, rngs, *, dtype):
+        self.conv = conv(channels, channels, rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        b, h, w, c = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        return self.conv(x)

@@ -1,0 +1,85 @@
+"""Command line that prepares and inspects training data: `python -m zipir_jax.prepare COMMAND --help`."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from zipir_jax import imageio
+from zipir_jax.config import DegradationConfig
+from zipir_jax.data.degrade import MINIMUM_SIDE, check_image
+from zipir_jax.data.preview import contact_sheet
+
+
+def preview(
+    input: Path,
+    output: Path = Path("preview.png"),
+    count: int = 12,
+    seed: int = 0,
+    crop: int = 256,
+    columns: int = 2,
+    degradation: DegradationConfig = DegradationConfig(),
+) -> None:
+    """Draw clean images beside their degraded partners on one contact sheet.
+
+    Args:
+        input: folder of images
+        output: image file to write
+        count: pairs on the sheet; where the folder holds fewer images, they are shown again with other seeds
+        seed: of the choice of images and of their degradations
+        crop: side in pixels of the square cut from the middle of each image
+        columns: pairs in a row
+        degradation: any setting of the degradation, e.g. --degradation.task-probability 0
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}; a contact sheet needs at least 1 pair.")
+    if crop < MINIMUM_SIDE:
+        raise ValueError(f"crop is {crop} pixels; it must be at least {MINIMUM_SIDE}.")
+    if not input.is_dir():
+        raise ValueError(f"{input} is not a folder.")
+    paths = imageio.list_images(input)
+    if not paths:
+        raise ValueError(f"{input} holds no images.")
+    chosen = np.random.default_rng(seed).permutation(len(paths))[:count]
+    crops = []
+    for index in chosen:
+        crops.append(_middle(imageio.read_image(paths[index]), crop))
+        try:
+            check_image(crops[-1])
+        except ValueError as error:
+            raise ValueError(f"{paths[index]}: {error}") from None
+    sheet = contact_sheet([crops[index % len(crops)] for index in range(count)], degradation, seed, columns)
+    imageio.write_image(output, sheet.astype(np.float32) / 127.5 - 1)
+    print(f"{output}: {count} pairs from {len(crops)} images")
+
+
+COMMANDS = {
+    "preview": preview,
+}
+
+
+def _middle(image, side):
+    top, left = max(0, image.shape[0] - side) // 2, max(0, image.shape[1] - side) // 2
+    return image[top : top + side, left : left + side]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command; an error is one line on stderr and status 2, and with --debug a traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="python -m zipir_jax.prepare",
+            description="Prepare and inspect training data. --debug shows the traceback of an error.",
+            args=[argument for argument in arguments if argument != "--debug"],
+        )
+    except (ValueError, OSError) as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Restore photographs: `python -m zipir_jax.sample --input PATH --output PATH [--scale 4]`."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from zipir_jax.command_line import cache_compiled_programs, run
+from zipir_jax.config import SamplingConfig
+from zipir_jax.imageio import OUTPUT_FORMATS, list_images, read_image, to_uint8, write_image
+
+PHASES = 3  # that `Restorer.restore` reports
+
+
+def restore_files(
+    input: Path,
+    output: Path,
+    scale: float | None = None,
+    size: str | None = None,
+    weights: str = "default",
+    seed: int = 0,
+    overwrite: bool = False,
+    sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig(),
+) -> int:
+    """Restore a photograph, or every photograph of a folder.
+
+    Args:
+        input: image file or folder
+        output: image file (.png, .jpg, .webp) or folder; a folder gets PNG files
+        scale: output size / input size, any positive number; 4 if no size is given
+        size: output size in pixels, WIDTHxHEIGHT
+        weights: folder of weights
+        seed: of the noise that the sampler starts from; the same seed gives the same bytes
+        overwrite: replace output files that exist
+        sampling: how the latent is sampled
+    """
+    target = None if size is None else parse_size(size)
+    if scale is None and target is None:
+        scale = 4.0
+    jobs = plan(input, output)
+    from zipir_jax.restorer import Restorer, target_size  # importing jax takes seconds; bad input should not wait
+
+    target_size((1, 1), scale, target)  # a scale or size that no image can have
+    cache_compiled_programs()
+    restorer = Restorer.load(weights)
+    failures = 0
+    with tqdm(total=PHASES * len(jobs), unit="phase", dynamic_ncols=True) as bar:
+        for index, (source, destination) in enumerate(jobs):
+            bar.set_description(source.name)
+
+            def progress(phase, index=index):
+                bar.set_postfix_str(phase)
+
+            try:
+                if destination.exists() and not overwrite:
+                    raise ValueError(f"{destination}: exists already; use --overwrite to replace it")
+                restored = restorer.restore(
+                    to_uint8(read_image(source)),
+                    scale=scale,
+                    size=target,
+                    sampling=sampling,
+                    seed=seed,
+                    progress=progress,
+                )
+                write_image(destination, restored)
+            except ValueError as error:
+                if not input.is_dir():
+                    raise
+                failures += 1
+                bar.write(f"skipped: {error}", file=sys.stderr)
+            bar.update(PHASES * (index + 1) - bar.n)
+    print(f"restored {len(jobs) - failures}, skipped {failures}" if input.is_dir() else jobs[0][1])
+    return 1 if failures else 0
+
+
+def plan(input: Path, output: Path) -> list[tuple[Path, Path]]:
+    """(source, destination) of every picture. Raises ValueError if there is none, or the output cannot be."""
+    if not input.is_dir():
+        if not input.exists():
+            raise ValueError(f"{input}: no such file or folder")
+        if output.is_dir() or not output.suffix:
+            return [(input, output / f"{input.stem}.png")]
+        if output.suffix.lower() not in OUTPUT_FORMATS:
+            raise ValueError(f"{output}: the output must end in one of {', '.join(OUTPUT_FORMATS)}")
+        return [(input, output)]
+    if output.is_file():
+        raise ValueError(f"{output} is a file, but {input} is a folder: its results need a folder")
+    sources = list_images(input)
+    if not sources:
+        raise ValueError(f"{input} holds no images")
+    # Two files that differ in their suffix alone keep it, so that neither takes the other's place.
+    stems = Counter(source.stem for source in sources)
+    names = [source.stem if stems[source.stem] == 1 else source.name for source in sources]
+    return [(source, output / f"{name}.png") for source, name in zip(sources, names, strict=True)]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of "WIDTHxHEIGHT"; raises ValueError for anything else."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"size {text!r} is not WIDTHxHEIGHT, such as 2048x1536")
+    return int(height), int(width)
+
+
+def main(arguments: list[str]) -> int:
+    return tyro.cli(restore_files, args=arguments, prog="python -m zipir_jax.sample", description=__doc__)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,45 @@
+"""Train one stage: `python -m zipir_jax.train --config configs/NAME.py [--resume] [--data.folder DIR ...]`.
+
+A config is a Python file with a function `config() -> TrainConfig`. Every field of it can be overridden by name.
+"""
+
+import argparse
+import runpy
+
+import tyro
+
+from zipir_jax.command_line import run
+from zipir_jax.config import TrainConfig
+
+
+def load_config(path: str) -> TrainConfig:
+    """What `config()` in a Python file returns. Raises ValueError if there is no such file or function."""
+    try:
+        function = runpy.run_path(path)["config"]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such config") from None
+    except KeyError:
+        raise ValueError(f"{path}: a config file needs a function named config") from None
+    return function()
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m zipir_jax.train", add_help=False)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--resume", action="store_true")
+    options, overrides = parser.parse_known_args(arguments)
+    config = tyro.cli(
+        TrainConfig,
+        default=load_config(options.config),
+        args=overrides,
+        prog=f"python -m zipir_jax.train --config {options.config} [--resume] [--debug]",
+        description="Train one stage. --resume goes on from the newest checkpoint of the output folder, if any.",
+    )
+    # After the arguments are known to be good: importing jax takes seconds.
+    from zipir_jax.training.loop import train
+
+    print(f"weights: {train(config, options.resume)}")
+
+
+if __name__ == "__main__":
+    run(main)

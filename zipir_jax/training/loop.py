@@ -1,0 +1,135 @@
+"""The training loop: read it top to bottom."""
+
+import functools
+import itertools
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from zipir_jax.config import TrainConfig
+from zipir_jax.data.pipeline import batches
+from zipir_jax.data.sources import FolderSource
+from zipir_jax.imageio import to_uint8
+from zipir_jax.metrics.fidelity import load_lpips
+from zipir_jax.training import checkpoint
+from zipir_jax.training.losses import lpips_net
+from zipir_jax.training.stages import STAGES
+from zipir_jax.training.state import create_state, train_step
+from zipir_jax.weights import load_weights, save_weights
+
+PREVIEW_IMAGES = 4  # rows of a sample grid
+
+
+def train(config: TrainConfig, resume: bool = False) -> Path:
+    """Train one stage and return the folder of its weights (EMA), `output`/weights.
+
+    Raises ValueError, before anything is compiled, for a config that cannot work.
+    """
+    # -- check -------------------------------------------------------------------------------------
+    output = Path(config.output)
+    check(config)
+    stage = STAGES[config.stage]
+    pretrained = {}
+    if needed := stage.needs(config):
+        model, pretrained = load_weights(config.init_from, needed)
+        if model != config.model:
+            raise ValueError(f"{config.init_from}: these weights are of another model than the config's")
+    checkpoints = checkpoint.manager(output / "checkpoints")
+    if checkpoints.latest_step() is not None and not resume:
+        raise ValueError(f"{output} holds a checkpoint of step {checkpoints.latest_step()}: --resume, or move it")
+
+    # -- data --------------------------------------------------------------------------------------
+    source = FolderSource(config.data.folder, config.data.crop, config.data.cache_gib)
+    degradation = config.degradation if stage.DEGRADED else None
+    data = batches(config.data, degradation, config.seed, source)
+
+    def statistics_images():
+        count = -(-config.statistics_images // config.data.batch_size)
+        images = batches(config.data, None, config.seed + 1, source)
+        return (batch["image"] for batch in itertools.islice(images, count))
+
+    preview_batch = next(batches(config.data, degradation, config.seed + 2, source))
+    preview_batch = {k: jnp.asarray(v[:PREVIEW_IMAGES]) for k, v in preview_batch.items()}
+
+    # -- state -------------------------------------------------------------------------------------
+    keys = jax.random.split(jax.random.key(config.seed), 3)
+    needed_weights = {group: pretrained[group] for group in needed}
+    generator, frozen = stage.start(config, keys[0], needed_weights, statistics_images())
+    state = create_state(config, generator, keys[1])
+    if resume and checkpoints.latest_step() is not None:
+        state = checkpoint.restore(checkpoints, state, data, config)
+    lpips = {} if config.stage == "dit" else {"lpips": load_lpips(lpips_net(config.loss.lpips_net))[0]}
+
+    # -- loop --------------------------------------------------------------------------------------
+    step_functions = {
+        adversarial: jax.jit(functools.partial(train_step, config, adversarial), donate_argnums=0)
+        for adversarial in (False, True)
+    }
+    preview = jax.jit(functools.partial(stage.preview, config))
+    first = step = int(state["step"])
+    uses_discriminator = bool(state["params"]["discriminator"])
+    saved_at = time.monotonic()
+    with tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True) as bar:
+        metrics = None
+        while step < config.steps:
+            batch = next(data)
+            adversarial = uses_discriminator and step >= config.loss.adversarial_start
+            state, new_metrics = step_functions[adversarial](state, frozen | lpips, batch)
+            step += 1
+            # Metrics are fetched one step late, so that the device has its next step before we wait.
+            if metrics is not None:
+                report(bar, metrics, config.data.batch_size)
+            metrics = new_metrics
+            bar.update()
+            if step % config.sample_every == 0 or step == config.steps:
+                columns = preview(state["ema"], frozen, preview_batch, keys[2])
+                save_grid(output / "samples" / f"{step:07d}.png", columns)
+            if time.monotonic() - saved_at > 60 * config.checkpoint_minutes or step == config.steps:
+                checkpoint.save(checkpoints, step, state, data, config)
+                saved_at = time.monotonic()
+    if step > first:
+        bar.write(", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items()))
+    checkpoints.wait_until_finished()
+
+    # -- weights -----------------------------------------------------------------------------------
+    groups = stage.export(config, state["ema"], frozen, statistics_images())
+    save_weights(output / "weights", config.model, pretrained | groups)
+    return output / "weights"
+
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError, with the number, for settings that contradict each other."""
+    if config.stage not in STAGES:
+        raise ValueError(f"stage {config.stage!r} is not one of {', '.join(STAGES)}")
+    if not config.output:
+        raise ValueError("output is empty: name the folder of the run")
+    if config.data.crop % 32:
+        raise ValueError(f"data.crop {config.data.crop} is not a multiple of 32")
+    if config.decoder_latent not in ("clean", "sampled"):
+        raise ValueError(f"decoder_latent {config.decoder_latent!r} is neither clean nor sampled")
+    if STAGES[config.stage].needs(config) and not config.init_from:
+        raise ValueError(f"stage {config.stage} needs init_from, the weights of the stage before it")
+
+
+def report(bar: tqdm, metrics: dict, batch_size: int) -> None:
+    """Show the loss and images/s; tqdm itself shows the time left."""
+    rate = bar.format_dict["rate"]
+    images = f"{rate * batch_size:.1f}" if rate else "?"
+    shown = {k: f"{float(v):.3f}" for k, v in metrics.items() if k in ("loss", "l1", "lpips")}
+    bar.set_postfix(shown | {"images/s": images}, refresh=False)
+
+
+def save_grid(path: Path, columns: list) -> None:
+    """One row per picture, one column per kind, smaller ones enlarged to the same size without smoothing."""
+    height = max(column.shape[1] for column in columns)
+    columns = [
+        np.repeat(np.repeat(np.asarray(c), height // c.shape[1], 1), height // c.shape[1], 2) for c in columns
+    ]
+    rows = [np.concatenate(row, 1) for row in zip(*columns, strict=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(to_uint8(np.concatenate(rows))).save(path)

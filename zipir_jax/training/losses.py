@@ -1,0 +1,94 @@
+"""Losses on images: L1, LPIPS, KL, and the patch discriminator with its adaptive weight (paper section 3.1).
+
+After "Taming Transformers" (Esser et al. 2021), which the paper follows through its reference [13].
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from zipir_jax.config import TrainConfig
+from zipir_jax.metrics.fidelity import load_lpips
+from zipir_jax.models.discriminator import PatchDiscriminator
+from zipir_jax.models.layers import bind
+
+# AlexNet's first convolution has stride 4: it sees one pixel phase of sixteen and is blind to patterns that it learns
+# to compensate there. Image and target are shifted together by up to this many pixels, at random, before LPIPS.
+LPIPS_SHIFT = 4
+
+
+def lpips_net(name: str) -> str:
+    """The network of `LossConfig.lpips_net`: "auto" is AlexNet on CPU and VGG16 elsewhere."""
+    if name != "auto":
+        return name
+    return "alexnet" if jax.default_backend() == "cpu" else "vgg16"
+
+
+def kl_divergence(mean: Float[Array, "b h w c"], log_variance: Float[Array, "b h w c"]) -> Float[Array, ""]:
+    """KL(N(mean, variance) || N(0, 1)), summed over each latent, averaged over the batch."""
+    kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1 - log_variance)
+    return kl.sum((1, 2, 3)).mean()
+
+
+def random_shift(key, a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]):
+    """The same window of both, `LPIPS_SHIFT` pixels smaller, at a random place."""
+    size = (a.shape[0], a.shape[1] - LPIPS_SHIFT, a.shape[2] - LPIPS_SHIFT, a.shape[3])
+    y, x = jax.random.randint(key, (2,), 0, LPIPS_SHIFT + 1)
+    return tuple(jax.lax.dynamic_slice(i, (0, y, x, 0), size) for i in (a, b))
+
+
+def image_gradients(config: TrainConfig, features, head, params, lpips_params, target, key, adversarial):
+    """Gradients of an image-making network and of its discriminator, in one pass through each.
+
+    `features(generator) -> (features [b, h, w, c], kl [])` is the network without its last layer, and
+    `head(generator, features) -> image [b, h, w, 3]` the last layer. The discriminator's loss counts
+    `adversarial * w`, where w = |dL_rec / dlast layer| / |dL_adv / dlast layer| (Esser et al. 2021, eq. 7). Both
+    gradients are taken at the image and carried on through the last layer alone, so that the weight costs no second
+    backward pass. `adversarial` (a Python bool) is False before the discriminator's start: it is then left out.
+
+    Returns (gradients with the structure of `params`, metrics).
+    """
+    loss = config.loss
+    _, lpips_distance = load_lpips(lpips_net(loss.lpips_net))
+    (hidden, kl), features_vjp = jax.vjp(features, params["generator"])
+    image, head_vjp = jax.vjp(head, params["generator"], hidden)
+
+    def reconstruction(image):
+        l1 = jnp.abs(image - target).mean()
+        lpips = lpips_distance(lpips_params, *random_shift(key, image, target)).mean()
+        return loss.l1 * l1 + loss.lpips * lpips, {"l1": l1, "lpips": lpips}
+
+    (total, metrics), image_gradient = jax.value_and_grad(reconstruction, has_aux=True)(image)
+    discriminator_gradient = jax.tree.map(jnp.zeros_like, params["discriminator"])
+    if adversarial:
+
+        def logits(discriminator, image):
+            return bind(PatchDiscriminator, config.discriminator, discriminator)(image)
+
+        adversarial_loss, gradient = jax.value_and_grad(
+            lambda image: -logits(params["discriminator"], image).mean()
+        )(image)
+        # Only the last layer's parameters have a gradient through `head`; the others' are zero.
+        weight = optax.global_norm(head_vjp(image_gradient)[0]) / (
+            optax.global_norm(head_vjp(gradient)[0]) + 1e-4
+        )
+        weight = loss.adversarial * jnp.clip(weight, 0.0, 1e4)
+        image_gradient = image_gradient + weight * gradient
+        total = total + weight * adversarial_loss
+
+        def hinge(discriminator):
+            real, fake = jnp.split(logits(discriminator, jnp.concatenate([target, image])), 2)
+            return 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
+
+        discriminator_loss, discriminator_gradient = jax.value_and_grad(hinge)(params["discriminator"])
+        metrics |= {"adversarial": adversarial_loss, "weight": weight, "discriminator": discriminator_loss}
+
+    values_per_image = target[0].size
+    head_gradient, hidden_gradient = head_vjp(image_gradient)
+    (body_gradient,) = features_vjp((hidden_gradient, jnp.asarray(loss.kl / values_per_image, kl.dtype)))
+    gradients = {
+        "generator": jax.tree.map(jnp.add, head_gradient, body_gradient),
+        "discriminator": discriminator_gradient,
+    }
+    return gradients, metrics | {"loss": total + loss.kl * kl / values_per_image}

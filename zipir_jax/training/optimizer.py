@@ -1,0 +1,35 @@
+"""Optimizers of the two players: the network that makes images (or noise), and the discriminator."""
+
+import jax
+import optax
+
+from zipir_jax.config import TrainConfig
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up, then cosine decay to the final rate at the last step (paper supplement A)."""
+    o = config.optimizer
+    return optax.warmup_cosine_decay_schedule(
+        0.0, o.learning_rate, o.warmup_steps, max(config.steps, o.warmup_steps + 1), o.final_learning_rate
+    )
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW for "generator", Adam for "discriminator", each with its gradient's global norm clipped."""
+    o = config.optimizer
+
+    def matrices(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    generator = optax.adamw(
+        learning_rate(config), o.beta1, o.beta2, weight_decay=o.weight_decay, mask=matrices
+    )
+    # beta1 0.5 as in Isola et al. 2017: the discriminator chases a moving target.
+    discriminator = optax.adam(config.loss.discriminator_learning_rate, 0.5, 0.9)
+    return optax.partition(
+        {
+            "generator": optax.chain(optax.clip_by_global_norm(o.clip_norm), generator),
+            "discriminator": optax.chain(optax.clip_by_global_norm(o.clip_norm), discriminator),
+        },
+        {"generator": "generator", "discriminator": "discriminator"},
+    )

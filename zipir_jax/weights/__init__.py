@@ -1,0 +1,98 @@
+"""Weights on disk: a folder with `config.json` (the ModelConfig) and `model.safetensors`.
+
+A tensor's name is its path in the nested dict, joined by dots: `fine_encoder.blocks.0.conv1.kernel`. The first part is
+the group that one stage of training makes: statistics, coarse_encoder, coarse_decoder, fine_encoder, fine_decoder,
+dit, pixel_decoder.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import dacite
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.flax import load_file, save_file
+
+from zipir_jax.config import ModelConfig
+from zipir_jax.models.dit import DiT
+from zipir_jax.models.layers import abstract_params
+from zipir_jax.models.lp_vae import MACRO_CHANNELS, Decoder, Encoder
+from zipir_jax.models.pixel_decoder import PixelDecoder
+
+DEFAULT = Path(__file__).parent / "default"
+
+
+def abstract_weights(config: ModelConfig) -> dict:
+    """Nested dict of `jax.ShapeDtypeStruct`: every group that a model of this config can have."""
+    latent, macro = config.dit.latent_channels, MACRO_CHANNELS
+    shapes = {"macro_mean": macro, "macro_std": macro, "latent_mean": latent, "latent_std": latent}
+    vae = config.lp_vae
+    return {
+        "statistics": {k: jax.ShapeDtypeStruct((n,), jnp.float32) for k, n in shapes.items()},
+        "coarse_encoder": abstract_params(Encoder, vae.coarse),
+        "coarse_decoder": abstract_params(Decoder, vae.coarse),
+        "fine_encoder": abstract_params(Encoder, vae.fine),
+        "fine_decoder": abstract_params(Decoder, vae.fine),
+        "dit": abstract_params(DiT, config.dit),
+        "pixel_decoder": abstract_params(PixelDecoder, vae),
+    }
+
+
+def save_weights(folder: Path, config: ModelConfig, weights: dict) -> None:
+    """Write a config and its weights; dtypes are kept. A reader finds the old files or the new, never half of one."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {".".join(path): jnp.asarray(leaf) for path, leaf in flatten_dict(weights).items()}
+    temporary = folder / ".model.safetensors"
+    save_file(tensors, temporary)
+    os.replace(temporary, folder / "model.safetensors")
+    temporary = folder / ".config.json"
+    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    os.replace(temporary, folder / "config.json")
+
+
+def load_weights(folder: Path | str, needed: tuple[str, ...]) -> tuple[ModelConfig, dict]:
+    """The config and all groups, float32. "default" means the weights that come with the package.
+
+    Raises ValueError, naming the folder and the tensor, if a file or a needed group is missing or a shape is not the
+    config's.
+    """
+    folder = DEFAULT if folder == "default" else Path(folder)
+    try:
+        config = dacite.from_dict(
+            ModelConfig,
+            json.loads((folder / "config.json").read_text()),
+            dacite.Config(cast=[tuple], strict=True),
+        )
+        tensors = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: no weights here ({Path(error.filename).name} is missing)") from None
+    except (json.JSONDecodeError, dacite.DaciteError, SafetensorError, OSError, TypeError) as error:
+        raise ValueError(f"{folder}: the weights cannot be read ({error})") from None
+    loaded = unflatten_dict({tuple(name.split(".")): t.astype(jnp.float32) for name, t in tensors.items()})
+    expected = abstract_weights(config)
+    for group in needed:
+        if group not in loaded:
+            raise ValueError(f"{folder}: the weights have no {group}; they hold {', '.join(sorted(loaded))}")
+    for group, tree in loaded.items():
+        if group not in expected:
+            raise ValueError(f"{folder}: unknown group {group}; a model has {', '.join(expected)}")
+        if group != "statistics":
+            check_shapes(f"{folder}: {group}", tree, expected[group])
+    return config, loaded
+
+
+def check_shapes(name: str, tree: dict, expected: dict) -> None:
+    """Raises ValueError naming the first tensor that is missing, unknown, or of another shape than expected."""
+    tree, expected = flatten_dict(tree, sep="."), flatten_dict(expected, sep=".")
+    for path in sorted(tree.keys() | expected.keys()):
+        if path not in tree:
+            raise ValueError(f"{name} lacks the tensor {path}")
+        if path not in expected:
+            raise ValueError(f"{name} has a tensor that its config does not: {path}")
+        if tree[path].shape != expected[path].shape:
+            raise ValueError(f"{name}.{path} has shape {tree[path].shape}, not {expected[path].shape}")
