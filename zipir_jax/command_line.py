@@ -1,8 +1,11 @@
-"""What every entry point does alike: errors in one line, compiled programs kept on disk."""
+"""What every entry point does alike: errors in one line, compiled programs kept on disk, the machine named."""
 
 import os
+import platform
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 
 from platformdirs import user_cache_dir
 
@@ -32,3 +35,25 @@ def cache_compiled_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", user_cache_dir("zipir_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def machine() -> str:
+    """The hardware that jax computes on, and the versions of what computes, in one line for a report."""
+    import jax
+
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        hardware = f"{_cpu_model()}, {os.cpu_count()} cores"
+    else:
+        hardware = f"{len(devices)} x {devices[0].device_kind}"
+    packages = ", ".join(f"{package} {version(package)}" for package in ("jax", "flax"))
+    return f"{hardware}; Python {platform.python_version()}, {packages}"
+
+
+def _cpu_model():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()  # Linux only
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -3,6 +3,7 @@
 import os
 import tempfile
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,19 @@ def list_images(folder: Path, recursive: bool = False) -> list[Path]:
     return sorted(p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
 
+def distinct_names(paths: list[Path]) -> list[str]:
+    """Names for the results of a folder's files: without suffix, but for files that differ in nothing else."""
+    stems = Counter(path.stem for path in paths)
+    names = [path.stem if stems[path.stem] == 1 else path.name for path in paths]
+    if len(set(names)) < len(names):  # a.jpg, a.png and a.jpg.png
+        names = [path.name for path in paths]
+    return names
+
+
 def read_image(path: Path) -> Float32[np.ndarray, "h w 3"]:
     """An image file as float32 [h, w, 3] in [-1, 1], turned upright as its EXIF orientation says.
 
-    Grey and palette images become RGB; alpha is dropped; 16 bits keep their precision. Raises ValueError, with the
+    Grey and palette images become RGB; alpha is dropped; 16-bit grey keeps its precision. Raises ValueError, with the
     path in it, for a file that is missing, empty, truncated, or no image.
     """
     path = Path(path)
@@ -41,7 +51,8 @@ def read_image(path: Path) -> Float32[np.ndarray, "h w 3"]:
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I") or image.mode == "F":
                     pixels = np.asarray(image, np.float32)
-                    pixels = np.repeat(pixels[..., None], 3, -1) / (65535 if pixels.max() > 255 else 255)
+                    is_16_bit = image.mode.startswith("I;16") or pixels.max() > 255
+                    pixels = np.repeat(pixels[..., None], 3, -1) / (65535 if is_16_bit else 255)
                 else:
                     pixels = np.asarray(image.convert("RGB"), np.float32) / 255
     except UnidentifiedImageError:
@@ -53,13 +64,18 @@ def read_image(path: Path) -> Float32[np.ndarray, "h w 3"]:
     return pixels * 2 - 1
 
 
-def to_uint8(image: Float32[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
+def to_uint8(image: Float32[np.ndarray, "*b h w c"]) -> UInt8[np.ndarray, "*b h w c"]:
     """[-1, 1] to 0..255, rounded and clipped."""
     return np.clip(np.round((np.asarray(image) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def write_image(path: Path, image: Float32[np.ndarray, "h w 3"]) -> None:
-    """Write float32 [h, w, 3] in [-1, 1] as PNG, JPEG (quality 95) or lossless WebP, by the path's suffix.
+def to_float(image: UInt8[np.ndarray, "*b h w c"]) -> Float32[np.ndarray, "*b h w c"]:
+    """0..255 to [-1, 1]."""
+    return image.astype(np.float32) / 127.5 - 1
+
+
+def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]) -> None:
+    """Write an image, uint8 or float32 in [-1, 1], as PNG, JPEG (quality 95) or lossless WebP, by the path's suffix.
 
     The file appears whole or not at all. Raises ValueError for another suffix or a folder that cannot be written.
     """
@@ -75,7 +91,9 @@ def write_image(path: Path, image: Float32[np.ndarray, "h w 3"]) -> None:
         raise ValueError(f"{path.parent}: cannot be written to ({error.strerror})") from None
     try:
         with os.fdopen(handle, "wb") as file:
-            Image.fromarray(to_uint8(image)).save(file, file_format, **options)
+            Image.fromarray(image if image.dtype == np.uint8 else to_uint8(image)).save(
+                file, file_format, **options
+            )
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:

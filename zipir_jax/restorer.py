@@ -86,7 +86,7 @@ class Restorer:
         self,
         image: UInt8[np.ndarray, "*b h w 3"] | Float32[np.ndarray, "*b h w 3"],
         *,
-        scale: float | None = None,
+        scale: float | int | None = None,
         size: tuple[int, int] | None = None,
         sampling: SamplingConfig = SamplingConfig(),
         seed: int = 0,
@@ -177,7 +177,7 @@ def check_image(image: np.ndarray) -> bool:
 
 
 def target_size(
-    size: tuple[int, int], scale: float | None, target: tuple[int, int] | None
+    size: tuple[int, int], scale: float | int | None, target: tuple[int, int] | None
 ) -> tuple[int, int]:
     """(height, width) of the result in pixels; raises ValueError for a target that is not a size."""
     if (scale is None) == (target is None):

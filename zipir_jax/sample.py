@@ -1,7 +1,6 @@
 """Restore photographs: `python -m zipir_jax.sample --input PATH --output PATH [--scale 4]`."""
 
 import sys
-from collections import Counter
 from pathlib import Path
 
 import tyro
@@ -9,7 +8,7 @@ from tqdm import tqdm
 
 from zipir_jax.command_line import cache_compiled_programs, run
 from zipir_jax.config import SamplingConfig
-from zipir_jax.imageio import OUTPUT_FORMATS, list_images, read_image, to_uint8, write_image
+from zipir_jax.imageio import OUTPUT_FORMATS, distinct_names, list_images, read_image, write_image
 
 PHASES = 3  # that `Restorer.restore` reports
 
@@ -40,7 +39,10 @@ def restore_files(
     if scale is None and target is None:
         scale = 4.0
     jobs = plan(input, output)
-    from zipir_jax.restorer import Restorer, target_size  # importing jax takes seconds; bad input should not wait
+    from zipir_jax.restorer import (
+        Restorer,
+        target_size,
+    )  # importing jax takes seconds; bad input should not wait
 
     target_size((1, 1), scale, target)  # a scale or size that no image can have
     cache_compiled_programs()
@@ -57,7 +59,7 @@ def restore_files(
                 if destination.exists() and not overwrite:
                     raise ValueError(f"{destination}: exists already; use --overwrite to replace it")
                 restored = restorer.restore(
-                    to_uint8(read_image(source)),
+                    read_image(source),
                     scale=scale,
                     size=target,
                     sampling=sampling,
@@ -90,10 +92,10 @@ def plan(input: Path, output: Path) -> list[tuple[Path, Path]]:
     sources = list_images(input)
     if not sources:
         raise ValueError(f"{input} holds no images")
-    # Two files that differ in their suffix alone keep it, so that neither takes the other's place.
-    stems = Counter(source.stem for source in sources)
-    names = [source.stem if stems[source.stem] == 1 else source.name for source in sources]
-    return [(source, output / f"{name}.png") for source, name in zip(sources, names, strict=True)]
+    return [
+        (source, output / f"{name}.png")
+        for source, name in zip(sources, distinct_names(sources), strict=True)
+    ]
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -25,14 +25,16 @@ def load_config(path: str) -> TrainConfig:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m zipir_jax.train", add_help=False)
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config")
     parser.add_argument("--resume", action="store_true")
     options, overrides = parser.parse_known_args(arguments)
+    if not options.config and "--help" not in overrides:
+        raise ValueError("--config is missing: name a config file, such as configs/small_coarse.py")
     config = tyro.cli(
         TrainConfig,
-        default=load_config(options.config),
+        default=load_config(options.config) if options.config else TrainConfig(),
         args=overrides,
-        prog=f"python -m zipir_jax.train --config {options.config} [--resume] [--debug]",
+        prog="python -m zipir_jax.train --config FILE [--resume] [--debug]",
         description="Train one stage. --resume goes on from the newest checkpoint of the output folder, if any.",
     )
     # After the arguments are known to be good: importing jax takes seconds.

@@ -478,7 +478,7 @@ def test_contact_sheet_refuses_nothing_to_show(photograph):
         contact_sheet([photograph], DegradationConfig(), seed=0, columns=0)
 
 
-def test_preview_command(photograph, tmp_path, monkeypatch, capsys):
+def test_preview_command(photograph, tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     folder = tmp_path / "photographs"
@@ -486,11 +486,12 @@ def test_preview_command(photograph, tmp_path, monkeypatch, capsys):
     Image.fromarray(skimage.data.astronaut()).save(folder / "astronaut.png")
     output = tmp_path / "sheet.png"
     command = ["preview", "--input", str(folder), "--crop", "64", "--count", "4"]
-    prepare.main([*command, "--output", str(output), "--degradation.task-probability", "0"])
+    options = ["--output", str(output), "--degradation.task-probability", "0"]
+    status, printed, _ = call(prepare.main, *command, *options)
+    assert status == 0 and printed == f"{output}: 4 pairs from 1 images\n"
     sheet = np.asarray(Image.open(output))
     middle = skimage.data.astronaut()[224:288, 224:288]
     np.testing.assert_array_equal(sheet[LABEL_HEIGHT : LABEL_HEIGHT + 64, :64], middle)
-    capsys.readouterr()
 
     for wrong, message in [
         (["preview", "--input", str(tmp_path / "absent")], "absent is not a folder"),
@@ -499,13 +500,11 @@ def test_preview_command(photograph, tmp_path, monkeypatch, capsys):
         ([*command, "--count", "0"], "count is 0"),
         ([*command, "--output", str(tmp_path / "sheet.txt")], "sheet.txt"),
     ]:
-        with pytest.raises(SystemExit) as stopped:
-            prepare.main(wrong)
-        printed = capsys.readouterr().err
-        assert stopped.value.code == 2
+        status, _, printed = call(prepare.main, *wrong)
+        assert status == 2
         assert message in printed and printed.count("\n") == 1
         with pytest.raises(ValueError, match=message):
-            prepare.main([*wrong, "--debug"])
+            call(prepare.main, *wrong, "--debug")
 
 
 def test_degradation_needs_no_jax():

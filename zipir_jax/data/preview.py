@@ -1,4 +1,4 @@
-"""A contact sheet of clean images beside their degraded partners, to judge the settings by eye."""
+"""Pictures to judge by eye: clean images beside their degraded partners, results beside originals."""
 
 import numpy as np
 from jaxtyping import UInt8
@@ -43,6 +43,19 @@ def contact_sheet(
         draw.text((left + 4, top + 2), label, fill=(255, 255, 255), font=font)
         sheet.paste(_picture(image), (left, top + LABEL_HEIGHT))
         sheet.paste(_picture(resize(lq, height, width)), (left + width, top + LABEL_HEIGHT))
+    return np.asarray(sheet)
+
+
+def side_by_side(pictures: dict[str, np.ndarray]) -> UInt8[np.ndarray, "height width 3"]:
+    """Pictures of one size in a row, each below its label. pictures: {label: uint8 [h, w, 3]}."""
+    height, width = next(iter(pictures.values())).shape[:2]
+    pitch = width + GAP
+    sheet = Image.new("RGB", (len(pictures) * pitch - GAP, LABEL_HEIGHT + height), color=(32, 32, 32))
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=LABEL_HEIGHT - 8)
+    for index, (label, picture) in enumerate(pictures.items()):
+        draw.text((index * pitch + 4, 2), label, fill=(255, 255, 255), font=font)
+        sheet.paste(Image.fromarray(picture), (index * pitch, LABEL_HEIGHT))
     return np.asarray(sheet)
 
 

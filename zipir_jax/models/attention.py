@@ -1,7 +1,7 @@
 """The one door to attention: which implementation runs is named in the config, never guessed."""
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def attention(
@@ -10,7 +10,7 @@ def attention(
     value: Float[Array, "b k n d"],
     *,
     implementation: str,
-    key_lengths: Float[Array, " b"] | None = None,
+    key_lengths: Int[Array, " b"] | None = None,
 ) -> Float[Array, "b q n d"]:
     """Softmax attention, scaled by 1/sqrt(d), over `n` heads.
 

@@ -18,7 +18,7 @@ ROTARY_BASE = 10_000.0  # longest wavelength of a rotary frequency, in tokens / 
 FREQUENCY_EMBEDDING = 256  # channels of the sinusoidal timestep embedding (Peebles & Xie 2023)
 
 
-def timestep_embedding(timesteps: Float[Array, " b"]) -> Float[Array, "b c"]:
+def timestep_embedding(timesteps: Float[Array, " b"] | Int[Array, " b"]) -> Float[Array, "b c"]:
     """Sinusoidal embedding of timesteps in [0, 1000) (Vaswani et al. 2017)."""
     half = FREQUENCY_EMBEDDING // 2
     frequencies = jnp.exp(-np.log(10_000.0) * jnp.arange(half) / half)
@@ -153,7 +153,7 @@ class DiT(nnx.Module):
         self.embed_lq = _linear(patch_values, width, rngs, dtype)
         self.timestep_in = _linear(FREQUENCY_EMBEDDING, width, rngs, dtype)
         self.timestep_out = _linear(width, width, rngs, dtype)
-        self.blocks = nnx.vmap(lambda r: Block(config, r))(rngs.fork(split=config.layers))
+        self.blocks = nnx.vmap(lambda r: Block(config, r))(rngs.split(config.layers))
         self.norm = nnx.LayerNorm(
             width, use_bias=False, use_scale=False, epsilon=1e-6, dtype=dtype, rngs=rngs
         )

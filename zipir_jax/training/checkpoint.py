@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from zipir_jax.config import TrainConfig
 
 # What a resumed run may change: how long, where, how often; everything else defines the run.
-FREE_FIELDS = ("output", "steps", "checkpoint_minutes", "sample_every", "init_from", "statistics_images")
+FREE_FIELDS = ("output", "steps", "checkpoint_minutes", "sample_every", "init_from")
 
 
 def manager(folder: Path) -> ocp.CheckpointManager:

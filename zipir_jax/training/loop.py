@@ -17,7 +17,8 @@ from zipir_jax.data.sources import FolderSource
 from zipir_jax.imageio import to_uint8
 from zipir_jax.metrics.fidelity import load_lpips
 from zipir_jax.training import checkpoint
-from zipir_jax.training.losses import lpips_net
+from zipir_jax.models.lp_vae import COARSE_FACTOR
+from zipir_jax.training.losses import LPIPS_SHIFT, LPIPS_SMALLEST, lpips_net
 from zipir_jax.training.stages import STAGES
 from zipir_jax.training.state import create_state, train_step
 from zipir_jax.weights import load_weights, save_weights
@@ -60,6 +61,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     keys = jax.random.split(jax.random.key(config.seed), 3)
     needed_weights = {group: pretrained[group] for group in needed}
     generator, frozen = stage.start(config, keys[0], needed_weights, statistics_images())
+    generator = jax.tree.map(jnp.copy, generator)  # a step donates its state; pretrained weights must outlive it
     state = create_state(config, generator, keys[1])
     if resume and checkpoints.latest_step() is not None:
         state = checkpoint.restore(checkpoints, state, data, config)
@@ -108,8 +110,15 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"stage {config.stage!r} is not one of {', '.join(STAGES)}")
     if not config.output:
         raise ValueError("output is empty: name the folder of the run")
+    if not config.data.folder:
+        raise ValueError("data.folder is empty: name the folder of the training images")
     if config.data.crop % 32:
         raise ValueError(f"data.crop {config.data.crop} is not a multiple of 32")
+    seen = config.data.crop // (COARSE_FACTOR if config.stage == "coarse" else 1) - LPIPS_SHIFT
+    if config.stage != "dit" and seen < LPIPS_SMALLEST:
+        raise ValueError(
+            f"data.crop {config.data.crop} leaves LPIPS {seen} pixels; it needs {LPIPS_SMALLEST}"
+        )
     if config.decoder_latent not in ("clean", "sampled"):
         raise ValueError(f"decoder_latent {config.decoder_latent!r} is neither clean nor sampled")
     if STAGES[config.stage].needs(config) and not config.init_from:

@@ -16,6 +16,7 @@ from zipir_jax.models.layers import bind
 # AlexNet's first convolution has stride 4: it sees one pixel phase of sixteen and is blind to patterns that it learns
 # to compensate there. Image and target are shifted together by up to this many pixels, at random, before LPIPS.
 LPIPS_SHIFT = 4
+LPIPS_SMALLEST = 31  # pixels; below, the last pooling of AlexNet leaves nothing
 
 
 def lpips_net(name: str) -> str:

@@ -1,0 +1,36 @@
+# make restore                          restore a test photograph and score the result
+# make restore INPUT=photo.jpg SCALE=4  restore a photograph or a folder; OUTPUT=file or folder, ARGS="--seed 1 ..."
+# make test                             all checks
+# make clean                            remove .venv and caches
+
+PYTHON ?= python3
+SCALE ?= 4
+export INPUT OUTPUT SCALE  # read from the environment, so that a path may hold spaces and quotes
+
+.PHONY: restore test clean
+
+restore: .venv/.installed
+ifdef INPUT
+	@name=$$(basename -- "$$INPUT") && \
+	if [ -d "$$INPUT" ]; then name=$${name}_x$$SCALE; else name=$${name%.*}_x$$SCALE.png; fi && \
+	.venv/bin/python -m zipir_jax.sample --input "$$INPUT" --output "$${OUTPUT:-output/$$name}" --scale "$$SCALE" $(ARGS)
+else
+	.venv/bin/python -m zipir_jax.evaluate --photo astronaut --task mixture --pictures output
+endif
+
+test: .venv/.installed
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/lint-imports
+	.venv/bin/python -m pytest
+
+.venv/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zipir_jax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	@echo "Installing into .venv: a minute or two, 1 GB."
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
+	@touch $@
+
+clean:
+	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find zipir_jax tests configs -name __pycache__ -exec rm -rf {} +

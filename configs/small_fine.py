@@ -1,0 +1,25 @@
+"""Small model, stage 2 of 4: E_f and D_f, with E_c frozen.
+
+python -m zipir_jax.train --config configs/small_fine.py --data.folder PHOTOS
+"""
+
+from zipir_jax.config import MODELS, DataConfig, DiscriminatorConfig, LossConfig, OptimizerConfig, TrainConfig
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        stage="fine",
+        model=MODELS["small"],
+        output="runs/small/fine",
+        init_from="runs/small/coarse/weights",
+        data=DataConfig(crop=128, batch_size=16, zoom=(0.4, 1.0), rotate=True, threads=2, cache_gib=2.0),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=100, weight_decay=0.01, beta2=0.99
+        ),
+        loss=LossConfig(adversarial=0.0),
+        discriminator=DiscriminatorConfig(base_channels=32, compute_dtype="float32"),
+        steps=1600,
+        ema_decay=0.998,
+        checkpoint_minutes=3.0,
+        sample_every=500,
+    )

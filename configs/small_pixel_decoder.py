@@ -1,0 +1,26 @@
+"""Small model, stage 4 of 4: the pixel-aware decoder, on latents that the DiT samples.
+
+python -m zipir_jax.train --config configs/small_pixel_decoder.py --data.folder PHOTOS
+"""
+
+from zipir_jax.config import MODELS, DataConfig, DiscriminatorConfig, LossConfig, OptimizerConfig, TrainConfig
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        stage="pixel_decoder",
+        model=MODELS["small"],
+        output="runs/small/pixel_decoder",
+        init_from="runs/small/dit/weights",
+        data=DataConfig(crop=256, batch_size=5, zoom=(0.5, 1.0), rotate=True, threads=2, cache_gib=2.0),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=100, weight_decay=0.01, beta2=0.99
+        ),
+        loss=LossConfig(adversarial=0.0),
+        discriminator=DiscriminatorConfig(base_channels=32, compute_dtype="float32"),
+        decoder_latent="sampled",
+        steps=3000,
+        ema_decay=0.998,
+        checkpoint_minutes=3.0,
+        sample_every=250,
+    )

@@ -1,0 +1,89 @@
+"""What several test files share: a model of some thousand random weights on disk, entry points run in process."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+# Before jax is imported: programs that took long to compile are kept from one run of the tests to the next, and the
+# cache of the user who runs them is left alone.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+
+import pytest
+
+from zipir_jax.command_line import run
+from zipir_jax.config import MODELS, AutoencoderConfig, DiTConfig, LPVAEConfig, ModelConfig
+
+TINY = dataclasses.replace(
+    MODELS["small"],
+    lp_vae=LPVAEConfig(
+        coarse=AutoencoderConfig(
+            latent_channels=9,
+            decoder_channels=12,
+            base_channels=4,
+            multipliers=(1, 1, 2),
+            blocks_per_scale=1,
+            patch=2,
+            pixel_channels=4,
+            compute_dtype="float32",
+        ),
+        fine=AutoencoderConfig(
+            latent_channels=52,
+            decoder_channels=64,
+            base_channels=4,
+            multipliers=(1, 1, 2, 2),
+            blocks_per_scale=1,
+            patch=4,
+            pixel_channels=4,
+            compute_dtype="float32",
+        ),
+    ),
+    dit=DiTConfig(layers=2, width=32, heads=2, text_width=0, compute_dtype="float32"),
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> ModelConfig:
+    """The shape of the default weights (patches, no text), as small as it can be."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tiny_model, tmp_path_factory) -> Path:
+    """Folder with random weights of `tiny_model`, all groups; no layer is left at zero, so everything acts."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from zipir_jax.weights import abstract_weights, save_weights
+
+    generator = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if "std" in name or "scale" in name:  # statistics and norms
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if len(leaf.shape) == 1 or "mean" in name:
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        # Small enough that a restored image keeps clear of black and white, where differences would be clipped.
+        inputs = np.prod(leaf.shape[-len(leaf.shape) : -1])
+        return jnp.asarray(generator.normal(0, 0.7 / np.sqrt(inputs), leaf.shape), leaf.dtype)
+
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    save_weights(folder, tiny_model, jax.tree_util.tree_map_with_path(draw, abstract_weights(tiny_model)))
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """`call(main, *arguments)` runs an entry point in this process: (exit status, stdout, stderr)."""
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run(main)
+        printed = capsys.readouterr()
+        return stopped.value.code or 0, printed.out, printed.err
+
+    return call

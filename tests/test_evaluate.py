@@ -1,0 +1,159 @@
+import json
+
+import numpy as np
+import pytest
+import skimage.data
+from skimage.metrics import peak_signal_noise_ratio
+
+from zipir_jax import evaluate
+from zipir_jax.config import TASKS
+from zipir_jax.data import degrade
+from zipir_jax.data.preview import GAP, LABEL_HEIGHT
+from zipir_jax.imageio import read_image, to_float, to_uint8, write_image
+from zipir_jax.restorer import Restorer
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Folder of two photographs, the second of 70 x 73 pixels, which is no multiple of 16."""
+    folder = tmp_path / "photographs"
+    write_image(folder / "a.png", skimage.data.astronaut()[100:164, 200:264])
+    write_image(folder / "b.png", skimage.data.coffee()[100:170, 200:273])
+    return folder
+
+
+def test_scores_a_folder(photographs, tiny_weights, tmp_path, call):
+    status, out, _ = call(
+        evaluate.main,
+        *(
+            "--hq",
+            photographs,
+            "--task",
+            "mixture, sr16",
+            "--weights",
+            tiny_weights,
+            "--steps",
+            2,
+            "--seed",
+            3,
+        ),
+        *("--output", tmp_path / "new" / "results.json", "--pictures", tmp_path / "pictures"),
+    )
+    assert status == 0
+    assert "### mixture: 8x smaller, blur sigma 2, noise sigma 40, JPEG quality 50; 2 pictures\n" in out
+    assert "### sr16: 16x smaller; 2 pictures\n" in out
+    contestants = ["bicubic", "D_f* without diffusion", "zipir_jax, 2 steps"]
+    rows = [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| ")]
+    assert rows == 2 * ["| ", "| ---", *(f"| {name}" for name in contestants)]
+    assert f"`python -m zipir_jax.evaluate --hq {photographs} --task 'mixture, sr16'" in out
+    assert "Python 3." in out and "jax " in out
+
+    report = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert report["seed"] == 3 and report["sampling"]["steps"] == 2
+    assert list(report["tasks"]) == ["mixture", "sr16"]
+    restorer = Restorer.load(str(tiny_weights))
+    for task, result in report["tasks"].items():
+        assert [picture["picture"] for picture in result["pictures"]] == ["a.png", "b.png"]
+        assert [picture["size"] for picture in result["pictures"]] == [[64, 64], [64, 64]]
+        assert list(result["means"]) == contestants
+        for index, picture in enumerate(result["pictures"]):
+            original = evaluate.read_original(photographs / picture["picture"])
+            lq = to_uint8(
+                degrade.apply_task(to_float(original), TASKS[task], np.random.default_rng((3, index)))
+            )
+            enlarged = to_uint8(degrade.resize(to_float(lq), 64, 64))
+            without = restorer.restore(lq, size=(64, 64), denoise=False)
+            # What the user finds on disk is what was scored.
+            restored = to_uint8(
+                read_image(tmp_path / "pictures" / f"{picture['picture'][0]}_{task}_restored.png")
+            )
+            for name, image in zip(contestants, (enlarged, without, restored), strict=True):
+                expected = peak_signal_noise_ratio(original, image)
+                assert picture["scores"][name]["psnr"] == pytest.approx(expected, abs=1e-3)
+            comparison = to_uint8(
+                read_image(tmp_path / "pictures" / f"{picture['picture'][0]}_{task}_comparison.png")
+            )
+            for column, image in enumerate((enlarged, restored, original)):
+                left = column * (64 + GAP)
+                np.testing.assert_array_equal(comparison[LABEL_HEIGHT:, left : left + 64], image)
+                assert comparison[:LABEL_HEIGHT, left : left + 64].max() > 200  # a label
+    for path in [*(tmp_path / "pictures").iterdir(), tmp_path / "new" / "results.json"]:
+        assert f"wrote {path}\n" in out
+
+
+def test_the_same_command_gives_the_same_numbers(photographs, tiny_weights, tmp_path, call):
+    results = []
+    for run in ("1", "2"):
+        status, out, _ = call(
+            evaluate.main,
+            *(
+                "--hq",
+                photographs,
+                "--task",
+                "sr8,sr8",
+                "--weights",
+                tiny_weights,
+                "--steps",
+                2,
+                "--limit",
+                1,
+            ),
+            *("--output", tmp_path / run),
+        )
+        assert status == 0 and out.count("###") == 1 and "1 picture\n" in out
+        pictures = json.loads((tmp_path / run).read_text())["tasks"]["sr8"]["pictures"]
+        for scores in pictures[0]["scores"].values():
+            del scores["seconds"]
+        results.append(pictures)
+    assert len(results[0]) == 1 and results[0] == results[1]
+
+
+def test_a_photograph_by_name():
+    for name in evaluate.PHOTOS:
+        (path,) = evaluate.find_photographs(None, name, None)
+        image = evaluate.read_original(path)
+        assert image.shape[0] % 16 == 0 and image.shape[1] % 16 == 0 and min(image.shape[:2]) >= 288
+    np.testing.assert_array_equal(
+        evaluate.read_original(evaluate.find_photographs(None, "astronaut", None)[0]),
+        skimage.data.astronaut(),
+    )
+
+
+def test_the_middle_is_kept_and_suits_every_task(photographs):
+    assert all(evaluate.CROP_MULTIPLE % task.downscale == 0 for task in TASKS.values())
+    np.testing.assert_array_equal(
+        evaluate.read_original(photographs / "b.png"), skimage.data.coffee()[103:167, 204:268]
+    )
+
+
+def test_errors_are_one_sentence(photographs, tiny_weights, tmp_path, call):
+    (tmp_path / "empty").mkdir()
+    write_image(tmp_path / "small" / "s.png", np.zeros((31, 40, 3), np.uint8))
+    folder = ["--hq", photographs]
+    for arguments, message in [
+        ([*folder, "--task", "mixture,sr9"], "task 'sr9' is not one of sr8, sr16, mixture, fig4, fig4_x4"),
+        ([*folder, "--task", ""], "task '' is not one of"),
+        (["--hq", tmp_path / "absent"], "absent: no such folder"),
+        (["--hq", tmp_path / "empty"], "empty holds no images"),
+        (["--hq", photographs / "a.png"], "a.png: no such folder"),
+        (["--photo", "mona_lisa"], "photo 'mona_lisa' is not one of astronaut, chelsea"),
+        ([], "either --hq with a folder of photographs or --photo with a name"),
+        (
+            [*folder, "--photo", "astronaut"],
+            "either --hq with a folder of photographs or --photo with a name",
+        ),
+        ([*folder, "--limit", "0"], "limit 0 is below 1"),
+        ([*folder, "--weights", tmp_path / "empty"], "empty: no weights here (config.json is missing)"),
+        ([*folder, "--output", photographs / "a.png" / "results.json"], "a.png"),
+    ]:
+        status, out, err = call(evaluate.main, *arguments)
+        assert status == 2 and out == ""
+        assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    # Found once the work has begun: the last line, below the progress bar.
+    for arguments, message in [
+        (["--hq", tmp_path / "small"], "s.png: 40 x 31 pixels; both sides must be at least 32"),
+        ([*folder, "--steps", "0"], "0 sampling steps"),
+    ]:
+        status, out, err = call(evaluate.main, *arguments, "--weights", tiny_weights)
+        assert status == 2 and out == ""
+        assert err.splitlines()[-1].startswith("error: ") and message in err.splitlines()[-1]

@@ -1,0 +1,187 @@
+"""Score a model on clean photographs: `python -m zipir_jax.evaluate --hq DIR --task mixture,sr8,sr16`.
+
+Each photograph is degraded and restored by bicubic enlargement, by the pixel-aware decoder D_f* without diffusion, and
+by the model. `--photo astronaut` takes a photograph that comes with scikit-image instead of a folder.
+"""
+
+import dataclasses
+import functools
+import json
+import shlex
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from zipir_jax.command_line import cache_compiled_programs, machine, run
+from zipir_jax.config import TASKS, SamplingConfig
+from zipir_jax.data.degrade import MINIMUM_SIDE, apply_task, resize
+from zipir_jax.data.preview import side_by_side
+from zipir_jax.imageio import distinct_names, list_images, read_image, to_float, to_uint8, write_image
+
+# Part of scikit-image's wheel: nothing is downloaded.
+PHOTOS = {
+    "astronaut": "astronaut.png",  # 512 x 512
+    "chelsea": "chelsea.png",  # 451 x 300
+    "coffee": "coffee.png",  # 600 x 400
+    "motorcycle_left": "motorcycle_left.png",  # 741 x 497
+    "rocket": "rocket.jpg",  # 640 x 427
+}
+CROP_MULTIPLE = 16  # pixels; a multiple of every task's downscale, so that all tasks see the same original
+NOTES = (
+    f"Originals cropped to multiples of {CROP_MULTIPLE} pixels; 8-bit results. PSNR: mean ± standard deviation over "
+    "pictures; ratios: of means; s: wall time without compiling."
+)
+
+
+def evaluate(
+    hq: Path | None = None,
+    photo: str | None = None,
+    task: str = "mixture,sr8,sr16",
+    weights: str = "default",
+    seed: int = 0,
+    limit: int | None = None,
+    output: Path | None = None,
+    pictures: Path | None = None,
+    sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig(),
+) -> None:
+    """Degrade clean photographs, restore them, and compare the results with the originals.
+
+    Args:
+        hq: folder of clean photographs; sides are cropped at the centre to multiples of 16 pixels
+        photo: one of scikit-image's photographs instead: astronaut, chelsea, coffee, motorcycle_left, rocket
+        task: degradations, separated by commas: sr8, sr16, mixture, fig4, fig4_x4
+        weights: folder of weights
+        seed: of the degradations' noise and of the noise that the sampler starts from
+        limit: use the first photographs of the folder only, this many
+        output: JSON file for the numbers of every picture
+        pictures: folder for the restored pictures, and for comparisons with bicubic and original
+        sampling: how the latent is sampled
+    """
+    tasks = parse_tasks(task)
+    paths = find_photographs(hq, photo, limit)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after an hour's work
+    # Importing jax takes seconds; bad arguments should not wait for it.
+    from zipir_jax.metrics.scoring import BASELINE, Contest, Reference, describe, summarise, table
+    from zipir_jax.restorer import Restorer
+
+    cache_compiled_programs()
+    restore = functools.partial(Restorer.load(weights).restore, sampling=sampling, seed=seed)
+    ours = f"zipir_jax, {sampling.steps} steps"
+    contest = Contest(
+        {
+            BASELINE: bicubic,
+            "D_f* without diffusion": lambda lq, size: restore(lq, size=size, denoise=False),
+            ours: lambda lq, size: restore(lq, size=size),
+        }
+    )
+    results = {name: [] for name in tasks}
+    written = []
+    with tqdm(total=len(paths) * len(tasks), unit="picture", dynamic_ncols=True) as bar:
+        for index, (path, stem) in enumerate(zip(paths, distinct_names(paths), strict=True)):
+            original = read_original(path)
+            reference = Reference(original)
+            for name in tasks:
+                bar.set_postfix_str(f"{path.name}, {name}")
+                lq = apply_task(to_float(original), TASKS[name], np.random.default_rng((seed, index)))
+                restored, seconds = contest.run(to_uint8(lq), original.shape[:2])
+                scores = {who: reference.score(restored[who]) | {"seconds": seconds[who]} for who in restored}
+                results[name].append({"picture": path.name, "size": original.shape[:2], "scores": scores})
+                if pictures is not None:
+                    shown = {who: restored[who] for who in (BASELINE, ours)}
+                    written += write_pictures(pictures / f"{stem}_{name}", shown, original, scores)
+                bar.update()
+
+    rows = {name: summarise([result["scores"] for result in results[name]]) for name in tasks}
+    for name in tasks:
+        count = f"{len(paths)} picture{'s' * (len(paths) > 1)}"
+        print(f"### {name}: {describe(TASKS[name])}; {count}\n\n{table(rows[name])}\n")
+    command = shlex.join(["python", "-m", "zipir_jax.evaluate", *sys.argv[1:]])
+    print(f"{NOTES}\n\n`{command}`\n\n{machine()}")
+    if output is not None:
+        report = {
+            "command": command,
+            "machine": machine(),
+            "weights": weights,
+            "seed": seed,
+            "sampling": dataclasses.asdict(sampling),
+            "tasks": {},
+        }
+        for name in tasks:
+            settings = dataclasses.asdict(TASKS[name])
+            report["tasks"][name] = {"task": settings, "means": rows[name], "pictures": results[name]}
+        output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        written.append(output)
+    if written:
+        print("\n" + "\n".join(f"wrote {path}" for path in written))
+
+
+def parse_tasks(text: str) -> list[str]:
+    """The names in "mixture,sr8", each once; raises ValueError for a task that does not exist."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"task {name!r} is not one of {', '.join(TASKS)}")
+    return names
+
+
+def find_photographs(hq: Path | None, photo: str | None, limit: int | None) -> list[Path]:
+    """The image files to score. Raises ValueError for none, for both of `hq` and `photo`, or for neither."""
+    if (hq is None) == (photo is None):
+        raise ValueError("give either --hq with a folder of photographs or --photo with a name")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit {limit} is below 1")
+    if photo is not None:
+        if photo not in PHOTOS:
+            raise ValueError(f"photo {photo!r} is not one of {', '.join(PHOTOS)}")
+        return [Path(str(files("skimage") / "data" / PHOTOS[photo]))]
+    paths = list_images(hq)[:limit]
+    if not paths:
+        raise ValueError(f"{hq} holds no images")
+    return paths
+
+
+def read_original(path: Path) -> np.ndarray:
+    """An image file as uint8 [h, w, 3], cropped at the centre; raises ValueError, with the path, if it is too small."""
+    image = to_uint8(read_image(path))
+    height, width = (side // CROP_MULTIPLE * CROP_MULTIPLE for side in image.shape[:2])
+    if min(height, width) < MINIMUM_SIDE:
+        raise ValueError(
+            f"{path}: {image.shape[1]} x {image.shape[0]} pixels; both sides must be at least {MINIMUM_SIDE}"
+        )
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]
+
+
+def write_pictures(start: Path, shown: dict, original: np.ndarray, scores: dict) -> list[Path]:
+    """Write the last picture of `shown`, and all of them beside the original; returns both paths.
+
+    start: what the paths begin with. shown: {contestant: picture}; scores: {contestant: numbers}.
+    """
+    labels = {
+        who: f"{who}: {scores[who]['psnr']:.2f} dB, LPIPS-VGG16 {scores[who]['lpips_vgg16']:.3f}"
+        for who in shown
+    }
+    compared = {labels[who]: picture for who, picture in shown.items()} | {"original": original}
+    files = {"restored": list(shown.values())[-1], "comparison": side_by_side(compared)}
+    paths = {kind: start.with_name(f"{start.name}_{kind}.png") for kind in files}
+    for kind, path in paths.items():
+        write_image(path, files[kind])
+    return list(paths.values())
+
+
+def bicubic(lq: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The LQ picture enlarged: what any viewer shows."""
+    return to_uint8(resize(to_float(lq), *size))
+
+
+def main(arguments: list[str]) -> None:
+    tyro.cli(evaluate, args=arguments, prog="python -m zipir_jax.evaluate", description=__doc__)
+
+
+if __name__ == "__main__":
+    run(main)
