@@ -47,7 +47,7 @@ def _check_range(name, bounds, lowest, highest=math.inf):
 
 def _check_probability(name, value):
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} {value} is not a probability between 0 and 1.")
+        raise ValueError(f"{name} {value} is not between 0 and 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,3 +390,10 @@ class SamplingConfig:
     guidance: float = 3.5  # classifier-free guidance; acts only where there is a negative text
     spacing: str = "trailing"  # or leading; see diffusion/schedule.py
     eta: float = 0.0  # 0 = deterministic DDIM, 1 = DDPM's variance
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps {self.steps} is below 1")
+        if self.spacing not in ("trailing", "leading"):
+            raise ValueError(f"spacing {self.spacing!r} is neither trailing nor leading")
+        _check_probability("eta", self.eta)

@@ -50,9 +50,14 @@ def read_image(path: Path) -> Float32[np.ndarray, "h w 3"]:
                 image.load()
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I") or image.mode == "F":
-                    pixels = np.asarray(image, np.float32)
-                    is_16_bit = image.mode.startswith("I;16") or pixels.max() > 255
-                    pixels = np.repeat(pixels[..., None], 3, -1) / (65535 if is_16_bit else 255)
+                    pixels = np.nan_to_num(np.asarray(image, np.float32))
+                    # Pillow does not say what the white of 32-bit integers and floats is.
+                    white = (
+                        65535
+                        if image.mode.startswith("I;16")
+                        else next((white for white in (1, 255, 65535) if pixels.max() <= white), pixels.max())
+                    )
+                    pixels = np.repeat(np.clip(pixels / white, 0, 1)[..., None], 3, -1)
                 else:
                     pixels = np.asarray(image.convert("RGB"), np.float32) / 255
     except UnidentifiedImageError:

@@ -92,7 +92,7 @@ class Restorer:
         seed: int = 0,
         denoise: bool = True,
         text: Float[np.ndarray, "l c"] | None = None,
-        negative_text: Float[np.ndarray, "l c"] | None = None,
+        negative_text: Float[np.ndarray, "l2 c"] | None = None,
         progress: Callable[[str], None] = lambda phase: None,
     ) -> np.ndarray:
         """Restore a photograph, or a batch of photographs of one size. No file is read or written.
@@ -118,7 +118,9 @@ class Restorer:
         latent = _encode(self.config, self.weights, lq)
         if denoise:
             progress("denoise")
-            latent = _denoise(self.config, sampling, self.weights, jax.block_until_ready(latent), keys, *texts)
+            latent = _denoise(
+                self.config, sampling, self.weights, jax.block_until_ready(latent), keys, *texts
+            )
         progress("decode")
         restored = _decode(self.config, self.weights, jax.block_until_ready(latent), lq)
         restored = np.clip(np.asarray(restored)[:, :height, :width], -1, 1)

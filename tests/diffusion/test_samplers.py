@@ -205,5 +205,5 @@ def test_settings_out_of_range_are_named():
     noisy = initial_noise(keys, SHAPE)
     with pytest.raises(ValueError, match=r"^eta 1\.5 is not between 0 and 1"):
         ddim(toy_denoise, keys, noisy, SCHEDULE, 25, eta=1.5)
-    with pytest.raises(ValueError, match="^1001 sampling steps"):
+    with pytest.raises(ValueError, match=r"^1001 sampling steps"):
         ddim(toy_denoise, keys, noisy, SCHEDULE, 1001)

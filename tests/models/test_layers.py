@@ -6,6 +6,7 @@ from flax import nnx
 
 from zipir_jax.config import AutoencoderConfig
 from zipir_jax.models.layers import (
+    Downsample,
     ResidualBlock,
     Upsample,
     abstract_params,
@@ -98,10 +99,16 @@ def test_a_strided_convolution_with_an_even_kernel_does_not_shift(image):
     np.testing.assert_allclose(layer(image[:, ::-1, ::-1])[:, ::-1, ::-1], result, atol=1e-6)
 
 
-def test_upsample_repeats_each_pixel_before_its_convolution(image):
+def test_downsample_adds_its_convolution_to_the_mean(image):
+    layer = Downsample(3, nnx.Rngs(0), dtype="float32")
+    expected = image.reshape(2, 6, 2, 10, 2, 3).mean((2, 4)) + layer.conv(image)
+    np.testing.assert_allclose(layer(image), expected, atol=1e-6)
+
+
+def test_upsample_adds_its_convolution_to_repeated_pixels(image):
     layer = Upsample(3, nnx.Rngs(0), dtype="float32")
     enlarged = np.repeat(np.repeat(image, 2, 1), 2, 2)
-    np.testing.assert_allclose(layer(image), layer.conv(enlarged), atol=1e-6)
+    np.testing.assert_allclose(layer(image), enlarged + layer.conv(enlarged), atol=1e-6)
 
 
 @pytest.fixture(name="params", scope="module")

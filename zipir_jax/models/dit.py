@@ -112,7 +112,12 @@ class Block(nnx.Module):
     def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
         def norm():
             return nnx.LayerNorm(
-                config.width, use_bias=False, use_scale=False, epsilon=1e-6, dtype=config.compute_dtype, rngs=rngs
+                config.width,
+                use_bias=False,
+                use_scale=False,
+                epsilon=1e-6,
+                dtype=config.compute_dtype,
+                rngs=rngs,
             )
 
         self.attention_norm, self.mlp_norm = norm(), norm()
@@ -135,9 +140,7 @@ class Block(nnx.Module):
 
         x = residual(x, self.attention_norm, lambda h: self.attention(h, h, angles=angles))
         if self.text_attention is not None:
-            x = residual(
-                x, self.text_norm, lambda h: self.text_attention(h, text, key_lengths=text_lengths)
-            )
+            x = residual(x, self.text_norm, lambda h: self.text_attention(h, text, key_lengths=text_lengths))
         return residual(x, self.mlp_norm, self.mlp)
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _abstract(module_class, config):
     return nnx.split(nnx.eval_shape(lambda: module_class(config, nnx.Rngs(0))))
 
@@ -113,8 +113,21 @@ class ResidualBlock(nnx.Module):
         return h + (x if self.skip is None else self.skip(x))
 
 
+class Downsample(nnx.Module):
+    """A 3x3 convolution of stride 2, added to the mean over 2 x 2 pixels.
+
+    The shortcut (as in DC-AE, Chen et al. 2025) hands the coarse picture through all scales from the first step on.
+    """
+
+    def __init__(self, channels, rngs, *, dtype):
+        self.conv = conv(channels, channels, rngs, dtype=dtype, stride=2)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        return area_downsample(x, 2) + self.conv(x)
+
+
 class Upsample(nnx.Module):
-    """Nearest-neighbour 2x, then a 3x3 convolution."""
+    """Nearest-neighbour 2x, and a 3x3 convolution of it added: the mirror of `Downsample`."""
 
     def __init__(self, channels, rngs, *, dtype):
         self.conv = conv(channels, channels, rngs, dtype=dtype)
@@ -122,4 +135,4 @@ class Upsample(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         b, h, w, c = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        return self.conv(x)
+        return x + self.conv(x)

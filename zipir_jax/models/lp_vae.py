@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from zipir_jax.config import AutoencoderConfig, LPVAEConfig
 from zipir_jax.models.layers import (
+    Downsample,
     ResidualBlock,
     Upsample,
     area_downsample,
@@ -29,7 +30,7 @@ MACRO_CHANNELS = 3
 
 
 class Encoder(nnx.Module):
-    """Convolutional encoder of one band: residual blocks at each scale, strided convolutions between."""
+    """Convolutional encoder of one band: residual blocks at each scale, `Downsample` between."""
 
     def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
         dtype = config.compute_dtype
@@ -42,7 +43,7 @@ class Encoder(nnx.Module):
                 blocks.append(ResidualBlock(previous, width, rngs, dtype=dtype))
                 previous = width
             if i < len(widths) - 1:
-                downs.append(conv(width, width, rngs, dtype=dtype, stride=2))
+                downs.append(Downsample(width, rngs, dtype=dtype))
         self.blocks = nnx.List(blocks)
         self.downs = nnx.List(downs)
         self.blocks_per_scale = config.blocks_per_scale

@@ -22,7 +22,11 @@ def manager(folder: Path) -> ocp.CheckpointManager:
 
 
 def save(
-    checkpoints: ocp.CheckpointManager, step: int, state: dict, data: grain.DatasetIterator, config: TrainConfig
+    checkpoints: ocp.CheckpointManager,
+    step: int,
+    state: dict,
+    data: grain.DatasetIterator,
+    config: TrainConfig,
 ) -> None:
     """Start saving; returns once the arrays have been copied."""
     checkpoints.save(

@@ -16,8 +16,8 @@ from zipir_jax.data.pipeline import batches
 from zipir_jax.data.sources import FolderSource
 from zipir_jax.imageio import to_uint8
 from zipir_jax.metrics.fidelity import load_lpips
-from zipir_jax.training import checkpoint
 from zipir_jax.models.lp_vae import COARSE_FACTOR
+from zipir_jax.training import checkpoint
 from zipir_jax.training.losses import LPIPS_SHIFT, LPIPS_SMALLEST, lpips_net
 from zipir_jax.training.stages import STAGES
 from zipir_jax.training.state import create_state, train_step
@@ -40,12 +40,14 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         model, pretrained = load_weights(config.init_from, needed)
         if model != config.model:
             raise ValueError(f"{config.init_from}: these weights are of another model than the config's")
+    source = FolderSource(config.data.folder, config.data.crop, config.data.cache_gib)
     checkpoints = checkpoint.manager(output / "checkpoints")
     if checkpoints.latest_step() is not None and not resume:
-        raise ValueError(f"{output} holds a checkpoint of step {checkpoints.latest_step()}: --resume, or move it")
+        raise ValueError(
+            f"{output} holds a checkpoint of step {checkpoints.latest_step()}: --resume, or move it"
+        )
 
     # -- data --------------------------------------------------------------------------------------
-    source = FolderSource(config.data.folder, config.data.crop, config.data.cache_gib)
     degradation = config.degradation if stage.DEGRADED else None
     data = batches(config.data, degradation, config.seed, source)
 
@@ -61,7 +63,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     keys = jax.random.split(jax.random.key(config.seed), 3)
     needed_weights = {group: pretrained[group] for group in needed}
     generator, frozen = stage.start(config, keys[0], needed_weights, statistics_images())
-    generator = jax.tree.map(jnp.copy, generator)  # a step donates its state; pretrained weights must outlive it
+    # A step donates its state; the pretrained weights that a stage starts from must outlive it.
+    generator = jax.tree.map(jnp.copy, generator)
     state = create_state(config, generator, keys[1])
     if resume and checkpoints.latest_step() is not None:
         state = checkpoint.restore(checkpoints, state, data, config)
@@ -114,11 +117,15 @@ def check(config: TrainConfig) -> None:
         raise ValueError("data.folder is empty: name the folder of the training images")
     if config.data.crop % 32:
         raise ValueError(f"data.crop {config.data.crop} is not a multiple of 32")
-    seen = config.data.crop // (COARSE_FACTOR if config.stage == "coarse" else 1) - LPIPS_SHIFT
-    if config.stage != "dit" and seen < LPIPS_SMALLEST:
-        raise ValueError(
-            f"data.crop {config.data.crop} leaves LPIPS {seen} pixels; it needs {LPIPS_SMALLEST}"
-        )
+    if config.stage != "dit":
+        side = config.data.crop // (COARSE_FACTOR if config.stage == "coarse" else 1)
+        smallest = LPIPS_SMALLEST + LPIPS_SHIFT
+        if config.loss.adversarial > 0:  # its last two convolutions, of stride 1, take a pixel each
+            smallest = max(smallest, 3 * 2**config.discriminator.layers)
+        if side < smallest:
+            raise ValueError(
+                f"data.crop {config.data.crop} gives the losses {side} pixels; they need {smallest}"
+            )
     if config.decoder_latent not in ("clean", "sampled"):
         raise ValueError(f"decoder_latent {config.decoder_latent!r} is neither clean nor sampled")
     if STAGES[config.stage].needs(config) and not config.init_from:

@@ -71,8 +71,8 @@ def image_gradients(config: TrainConfig, features, head, params, lpips_params, t
             lambda image: -logits(params["discriminator"], image).mean()
         )(image)
         # Only the last layer's parameters have a gradient through `head`; the others' are zero.
-        weight = optax.global_norm(head_vjp(image_gradient)[0]) / (
-            optax.global_norm(head_vjp(gradient)[0]) + 1e-4
+        weight = optax.tree.norm(head_vjp(image_gradient)[0]) / (
+            optax.tree.norm(head_vjp(gradient)[0]) + 1e-4
         )
         weight = loss.adversarial * jnp.clip(weight, 0.0, 1e4)
         image_gradient = image_gradient + weight * gradient

@@ -42,7 +42,7 @@ def train_step(
     decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state["ema"], params["generator"])
     metrics |= {
-        "gradient_norm": optax.global_norm(gradients["generator"]),
+        "gradient_norm": optax.tree.norm(gradients["generator"]),
         "learning_rate": learning_rate(config)(state["step"]),
     }
     return {"params": params, "ema": ema, "optimizer": optimizer, "step": step}, metrics

@@ -62,6 +62,9 @@ def load_weights(folder: Path | str, needed: tuple[str, ...]) -> tuple[ModelConf
     config's.
     """
     folder = DEFAULT if folder == "default" else Path(folder)
+    for file in ("config.json", "model.safetensors"):
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder}: no weights here ({file} is missing)")
     try:
         config = dacite.from_dict(
             ModelConfig,
@@ -69,9 +72,7 @@ def load_weights(folder: Path | str, needed: tuple[str, ...]) -> tuple[ModelConf
             dacite.Config(cast=[tuple], strict=True),
         )
         tensors = load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: no weights here ({Path(error.filename).name} is missing)") from None
-    except (json.JSONDecodeError, dacite.DaciteError, SafetensorError, OSError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, dacite.DaciteError, SafetensorError, OSError) as error:
         raise ValueError(f"{folder}: the weights cannot be read ({error})") from None
     loaded = unflatten_dict({tuple(name.split(".")): t.astype(jnp.float32) for name, t in tensors.items()})
     expected = abstract_weights(config)
@@ -81,8 +82,10 @@ def load_weights(folder: Path | str, needed: tuple[str, ...]) -> tuple[ModelConf
     for group, tree in loaded.items():
         if group not in expected:
             raise ValueError(f"{folder}: unknown group {group}; a model has {', '.join(expected)}")
-        if group != "statistics":
-            check_shapes(f"{folder}: {group}", tree, expected[group])
+        wanted = expected[group]
+        if group == "statistics":  # those of the whole latent are there from the fine stage on
+            wanted = {name: s for name, s in wanted.items() if name in tree or not name.startswith("latent_")}
+        check_shapes(f"{folder}: {group}", tree, wanted)
     return config, loaded
 
 

@@ -1,0 +1,73 @@
+"""The weights that come with the package, on photographs of scikit-image that they were never trained on."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from skimage import data
+
+from zipir_jax.config import MODELS, TASKS, SamplingConfig
+from zipir_jax.data.degrade import apply_task, resize
+from zipir_jax.imageio import to_float
+from zipir_jax.metrics.fidelity import grid_energy, lpips, psnr
+from zipir_jax.restorer import NEEDED, Restorer
+from zipir_jax.weights import DEFAULT, load_weights
+
+FEW_STEPS = SamplingConfig(steps=4)
+
+
+@pytest.fixture(scope="module")
+def restorer():
+    return Restorer.load("default")
+
+
+@pytest.fixture(scope="module")
+def restored(restorer):
+    """{task: (bicubic, restored, original)} for the middle of the astronaut, float32 [256, 256, 3]."""
+    original = to_float(np.ascontiguousarray(data.astronaut()[64:320, 96:352]))
+    results = {}
+    for name in ("mixture", "sr8"):
+        lq = apply_task(original, TASKS[name], np.random.default_rng(0))
+        ours = restorer.restore(lq, size=(256, 256), sampling=FEW_STEPS)
+        results[name] = (resize(lq, 256, 256), ours, original)
+    return results
+
+
+def test_the_folder_is_small_and_holds_the_small_preset():
+    assert sum(path.stat().st_size for path in DEFAULT.iterdir()) <= 12 * 2**20
+    config, _ = load_weights("default", NEEDED)
+    assert config == MODELS["small"]
+    assert json.loads((DEFAULT / "config.json").read_text()) == json.loads(
+        json.dumps(dataclasses.asdict(config))
+    )
+
+
+def test_the_mixture_is_restored_far_better_than_bicubic_does(restored):
+    bicubic, ours, original = (image[None] for image in restored["mixture"])
+    assert psnr(ours, original)[0] > psnr(bicubic, original)[0] + 1.5
+    for net in ("alexnet", "vgg16"):
+        assert lpips(ours, original, net)[0] < 0.9 * lpips(bicubic, original, net)[0]
+
+
+def test_super_resolution_looks_better_than_bicubic_at_no_great_loss(restored):
+    bicubic, ours, original = (image[None] for image in restored["sr8"])
+    assert psnr(ours, original)[0] > psnr(bicubic, original)[0] - 1
+    assert lpips(ours, original, "alexnet")[0] < 0.95 * lpips(bicubic, original, "alexnet")[0]
+
+
+@pytest.mark.parametrize("task", ["mixture", "sr8"])
+def test_flat_regions_show_no_grid_of_the_stem(restored, task):
+    _, ours, original = restored[task]
+    assert grid_energy(ours, original, period=4) < 2 * grid_energy(original, original, period=4)
+
+
+@pytest.mark.parametrize("task", ["mixture", "sr8"])
+def test_colours_do_not_shift(restored, task):
+    _, ours, original = restored[task]
+    np.testing.assert_allclose(ours.mean((0, 1)), original.mean((0, 1)), atol=0.04)
+
+
+def test_an_odd_photograph_keeps_its_shape(restorer):
+    photo = data.chelsea()[:83, :129]
+    assert restorer.restore(photo, scale=4, sampling=FEW_STEPS).shape == (332, 516, 3)

@@ -1,0 +1,405 @@
+import dataclasses
+import json
+import math
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from zipir_jax import sample
+from zipir_jax.config import MODELS, SamplingConfig
+from zipir_jax.imageio import read_image, to_float, to_uint8, write_image
+from zipir_jax.models.dit import DiT
+from zipir_jax.models.layers import abstract_params
+from zipir_jax.restorer import Restorer, check_image, pad_by_reflection, target_size
+from zipir_jax.weights import save_weights
+
+FAST = SamplingConfig(steps=2)
+PHASES = ["encode", "denoise", "decode"]
+
+
+@pytest.fixture(scope="module")
+def restorer(tiny_weights):
+    return Restorer.load(str(tiny_weights))
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    """uint8 [24, 30, 3]."""
+    return skimage.data.astronaut()[100:124, 200:230]
+
+
+@pytest.fixture
+def photo(photograph, tmp_path):
+    """The photograph as a file."""
+    write_image(tmp_path / "photo.png", photograph)
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def restore(call, tiny_weights):
+    """`restore(*arguments)` runs the command line with few steps: (exit status, stdout, last line of stderr)."""
+
+    def restore(*arguments, weights=tiny_weights):
+        status, out, err = call(sample.main, "--weights", weights, "--steps", FAST.steps, *arguments)
+        return status, out, (err.splitlines() or [""])[-1]
+
+    return restore
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line: what it writes
+# --------------------------------------------------------------------------------------------------
+
+
+def test_file_to_file(photo, photograph, restorer, restore, tmp_path):
+    status, out, _ = restore(
+        "--input", photo, "--output", tmp_path / "new" / "restored.png", "--scale", "1.5"
+    )
+    assert status == 0 and out == f"{tmp_path / 'new' / 'restored.png'}\n"
+    written = np.asarray(Image.open(tmp_path / "new" / "restored.png"))
+    expected = restorer.restore(to_float(photograph), scale=1.5, sampling=FAST)
+    assert written.shape == (36, 45, 3) and written.std() > 5
+    np.testing.assert_array_equal(written, to_uint8(expected))
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "result"),
+    [
+        ((33, 51), [], (132, 204)),  # 4x if nothing is said
+        ((33, 51), ["--scale", "0.7"], (23, 36)),
+        ((24, 30), ["--size", "61x40"], (40, 61)),
+        ((1, 1), ["--scale", "4"], (4, 4)),
+        ((1, 9), ["--scale", "0.1"], (1, 1)),
+    ],
+)
+def test_size_of_the_result(restore, tmp_path, size, options, result):
+    write_image(tmp_path / "a.png", skimage.data.astronaut()[: size[0], : size[1]])
+    status, _, err = restore("--input", tmp_path / "a.png", "--output", tmp_path / "b.png", *options)
+    assert status == 0, err
+    assert Image.open(tmp_path / "b.png").size == (result[1], result[0])
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_output_format_is_that_of_the_suffix(photo, restore, tmp_path, suffix):
+    output = tmp_path / f"restored{suffix}"
+    assert restore("--input", photo, "--output", output, "--scale", "1")[0] == 0
+    assert Image.open(output).format == {".jpg": "JPEG", ".webp": "WEBP"}[suffix]
+
+
+def test_a_file_goes_into_a_folder_under_its_name(photo, restore, tmp_path):
+    status, out, _ = restore("--input", photo, "--output", tmp_path / "folder", "--scale", "1")
+    assert status == 0 and out == f"{tmp_path / 'folder' / 'photo.png'}\n"
+    assert (tmp_path / "folder" / "photo.png").is_file()
+
+
+def test_a_seed_fixes_the_bytes(photo, restore, tmp_path):
+    results = []
+    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        output = tmp_path / f"{name}.png"
+        assert restore("--input", photo, "--output", output, "--scale", "1", "--seed", seed)[0] == 0
+        results.append(output.read_bytes())
+    assert results[0] == results[1] != results[2]
+
+
+def test_an_upright_result_of_a_turned_photograph(photograph, restore, tmp_path):
+    """Orientation 6: the camera lay on its side. The result is upright and does not ask to be turned again."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(photograph, 1))).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(photograph).save(tmp_path / "upright.png")
+    for name in ("turned", "upright"):
+        output = tmp_path / "out" / f"{name}.png"
+        assert restore("--input", tmp_path / f"{name}.png", "--output", output, "--scale", "1")[0] == 0
+    assert (tmp_path / "out" / "turned.png").read_bytes() == (tmp_path / "out" / "upright.png").read_bytes()
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders
+# --------------------------------------------------------------------------------------------------
+
+
+def test_folder_to_folder_goes_on_after_a_bad_file(photograph, call, tiny_weights, tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    for name in ("a.jpg", "a.png", "c.webp"):
+        write_image(folder / name, photograph)
+    (folder / "b.png").write_text("no picture")
+    (folder / "notes.txt").write_text("no picture, and no image's name")
+    status, out, err = call(
+        sample.main,
+        *("--weights", tiny_weights, "--steps", 2, "--scale", 1, "--input", folder, "--output", output),
+    )
+    assert status == 1
+    assert out == "restored 3, skipped 1\n"
+    assert f"skipped: {folder / 'b.png'}: not an image that can be read" in err
+    assert sorted(path.name for path in output.iterdir()) == ["a.jpg.png", "a.png.png", "c.png"]
+
+
+def test_a_whole_folder_gives_status_0(photograph, restore, tmp_path):
+    write_image(tmp_path / "in" / "a.png", photograph)
+    status, out, _ = restore("--input", tmp_path / "in", "--output", tmp_path / "out", "--scale", "1")
+    assert status == 0 and out == "restored 1, skipped 0\n"
+
+
+def test_each_file_of_a_folder_is_restored_as_if_alone(photo, photograph, restore, tmp_path):
+    write_image(tmp_path / "in" / "before.png", photograph[::-1])
+    write_image(tmp_path / "in" / "photo.png", photograph)
+    assert restore("--input", tmp_path / "in", "--output", tmp_path / "out", "--scale", "1")[0] == 0
+    assert restore("--input", photo, "--output", tmp_path / "alone.png", "--scale", "1")[0] == 0
+    assert (tmp_path / "out" / "photo.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
+
+
+def test_an_existing_output_is_kept_unless_told(photo, restore, tmp_path):
+    output = tmp_path / "out.png"
+    output.write_bytes(b"precious")
+    status, _, err = restore("--input", photo, "--output", output, "--scale", "1")
+    assert status == 2 and output.read_bytes() == b"precious"
+    assert err == f"error: {output}: exists already; use --overwrite to replace it"
+    status, _, _ = restore("--input", photo, "--output", output, "--scale", "1", "--overwrite")
+    assert status == 0 and Image.open(output).size == (30, 24)
+
+    folder = tmp_path / "in"
+    write_image(folder / "out.png", read_image(photo))
+    before = output.read_bytes()
+    status, out, _ = restore("--input", folder, "--output", tmp_path, "--scale", "2")
+    assert status == 1 and out == "restored 0, skipped 1\n" and output.read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line: what it refuses, in one line, with status 2
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scale", "0"], "scale 0 is not a positive number"),
+        (["--scale", "-2"], "scale -2 is not a positive number"),
+        (["--scale", "nan"], "scale nan is not a positive number"),
+        (["--scale", "inf"], "scale inf is not a positive number"),
+        (["--scale", "20000"], "must lie within 1 to 16384"),
+        (["--scale", "2", "--size", "64x64"], "either a scale or a size"),
+        (["--size", "2048"], "size '2048' is not WIDTHxHEIGHT"),
+        (["--size", "2048x"], "size '2048x' is not WIDTHxHEIGHT"),
+        (["--size", "x64"], "size 'x64' is not WIDTHxHEIGHT"),
+        (["--size", "64x64x3"], "size '64x64x3' is not WIDTHxHEIGHT"),
+        (["--size=-64x64"], "size '-64x64' is not WIDTHxHEIGHT"),
+        (["--size", "6.4x64"], "size '6.4x64' is not WIDTHxHEIGHT"),
+        (["--size", "0x64"], "0 x 64 pixels: a side must lie within 1 to 16384"),
+        (["--size", "64x99999"], "64 x 99999 pixels: a side must lie within 1 to 16384"),
+    ],
+)
+def test_impossible_sizes(photo, call, tiny_weights, tmp_path, options, message):
+    arguments = ["--input", photo, "--output", tmp_path / "out.png", "--weights", tiny_weights, *options]
+    status, out, err = call(sample.main, *arguments)
+    assert status == 2 and out == "" and not (tmp_path / "out.png").exists()
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(sample.main, *arguments, "--debug")
+
+
+def test_impossible_files(photo, call, tmp_path, tiny_weights):
+    (tmp_path / "empty").mkdir()
+    for source, output, message in [
+        (tmp_path / "absent.png", tmp_path / "out.png", "absent.png: no such file or folder"),
+        (tmp_path / "empty", tmp_path / "out", "empty holds no images"),
+        (photo, tmp_path / "out.gif", "out.gif: the output must end in one of .png, .jpg"),
+        (tmp_path, photo, "photo.png is a file, but"),
+    ]:
+        status, out, err = call(sample.main, "--input", source, "--output", output, "--weights", tiny_weights)
+        assert status == 2 and out == ""
+        assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_impossible_pictures(photo, restore, tmp_path):
+    """Found when the file is read or written: the last line, below the progress bar."""
+    (tmp_path / "text.png").write_text("no picture")
+    status, out, err = restore("--input", tmp_path / "text.png", "--output", tmp_path / "out.png")
+    assert status == 2 and out == ""
+    assert err == f"error: {tmp_path / 'text.png'}: not an image that can be read"
+    status, out, err = restore("--input", photo, "--output", photo / "below" / "out.png", "--scale", "1")
+    assert status == 2 and out == ""
+    assert err.startswith(f"error: {photo / 'below'}: cannot be written to")
+    status, out, err = restore("--input", photo, "--output", tmp_path / "out.png", "--scale", "600")
+    assert status == 2 and err == "error: 18000 x 14400 pixels: a side must lie within 1 to 16384"
+
+
+def test_impossible_weights(photo, restore, tiny_weights, tmp_path):
+    def altered(name, change=lambda tensors: tensors, config=None):
+        folder = tmp_path / name
+        shutil.copytree(tiny_weights, folder)
+        save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    def without(prefix):
+        return lambda tensors: {name: t for name, t in tensors.items() if not name.startswith(prefix)}
+
+    (tmp_path / "empty").mkdir()
+    save_weights(tmp_path / "config of another", MODELS["small"], {})
+    another = json.loads((tmp_path / "config of another" / "config.json").read_text())
+    own = json.loads((tiny_weights / "config.json").read_text())
+    broken = altered("broken")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    not_json = altered("not json")
+    (not_json / "config.json").write_text("{")
+    for folder, message in [
+        (tmp_path / "absent", "no weights here (config.json is missing)"),
+        (tmp_path / "empty", "no weights here (config.json is missing)"),
+        (photo, "the weights cannot be read"),
+        (broken, "the weights cannot be read"),
+        (not_json, "the weights cannot be read"),
+        (altered("newer", config=own | {"colour": 1}), "colour"),
+        (altered("another", config=another), "coarse_decoder.blocks.0.conv1.bias has shape (8,), not (72,)"),
+        (altered("no dit", without("dit.")), "the weights have no dit; they hold coarse_decoder"),
+        (altered("no head", without("dit.head.bias")), "dit lacks the tensor head.bias"),
+        (altered("foreign", lambda t: t | {"dit.x": np.zeros(1)}), "a tensor that its config does not: x"),
+    ]:
+        status, out, err = restore("--input", photo, "--output", tmp_path / "out.png", weights=folder)
+        assert status == 2 and out == ""
+        assert err.startswith(f"error: {folder}") and message in err, err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "0 sampling steps are not between 1 and 1000"),
+        (["--steps", "1001"], "1001 sampling steps are not between 1 and 1000"),
+        (["--spacing", "even"], 'spacing "even"'),
+        (["--eta", "1.5"], "eta 1.5 is not between 0 and 1"),
+    ],
+)
+def test_impossible_sampling(photo, restore, tmp_path, options, message):
+    status, out, err = restore("--input", photo, "--output", tmp_path / "out.png", "--scale", "1", *options)
+    assert status == 2 and out == ""
+    assert err.startswith("error: ") and message in err
+
+
+# --------------------------------------------------------------------------------------------------
+# Restorer
+# --------------------------------------------------------------------------------------------------
+
+
+def test_dtype_in_is_dtype_out(restorer, photograph):
+    phases = []
+    as_bytes = restorer.restore(photograph, scale=1, sampling=FAST, progress=phases.append)
+    as_floats = restorer.restore(to_float(photograph), scale=1, sampling=FAST)
+    assert phases == PHASES
+    assert as_bytes.dtype == np.uint8 and as_floats.dtype == np.float32
+    assert as_bytes.shape == as_floats.shape == photograph.shape
+    assert np.abs(as_floats).max() <= 1
+    np.testing.assert_array_equal(as_bytes, to_uint8(as_floats))
+
+
+def test_a_picture_of_a_batch_is_restored_as_with_any_neighbour(restorer, photograph):
+    picture, turned = to_float(photograph), to_float(photograph[::-1])
+    batches = [[picture, turned], [picture, -picture], [turned, picture]]
+    results = [restorer.restore(np.stack(batch), scale=1, sampling=FAST, seed=5) for batch in batches]
+    assert results[0].shape == (2, *photograph.shape)
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    assert np.abs(results[0][1] - results[1][1]).max() > 1e-3
+    # Another place in the batch, or another batch size, may round otherwise but changes nothing else.
+    np.testing.assert_allclose(results[2][::-1], results[0], atol=1e-4)
+    alone = restorer.restore(picture, scale=1, sampling=FAST, seed=5)
+    np.testing.assert_allclose(results[0][0], alone, atol=1e-4)
+
+
+def test_the_seed_and_the_diffusion_matter(restorer, photograph):
+    picture = to_float(photograph)
+    results = [
+        restorer.restore(picture, scale=1, sampling=FAST, seed=0),
+        restorer.restore(picture, scale=1, sampling=FAST, seed=1),
+        restorer.restore(picture, scale=1, denoise=False, seed=0),
+    ]
+    for i in range(3):
+        assert np.abs(results[i] - results[i - 1]).mean() > 0.01
+    np.testing.assert_array_equal(results[2], restorer.restore(picture, scale=1, denoise=False, seed=1))
+
+
+def test_phases_without_diffusion(restorer, photograph):
+    phases = []
+    restorer.restore(photograph, scale=1, denoise=False, progress=phases.append)
+    assert phases == ["encode", "decode"]
+
+
+def test_the_padding_does_not_reach_the_result(restorer, photograph):
+    """30 pixels are padded to 32 by their mirror image; a picture that holds that mirror image needs no padding."""
+    padded = pad_by_reflection(to_float(photograph)[None])
+    assert padded.shape == (1, 32, 32, 3)
+    np.testing.assert_array_equal(padded[0, :24, :30], to_float(photograph))
+    np.testing.assert_array_equal(padded[0, 24:], padded[0, 22:14:-1])
+    np.testing.assert_array_equal(padded[0, :, 30:], padded[0, :, 28:26:-1])
+    whole = restorer.restore(padded[0], scale=1, sampling=FAST)
+    cropped = restorer.restore(to_float(photograph), scale=1, sampling=FAST)
+    np.testing.assert_array_equal(whole[:24, :30], cropped)
+
+
+def test_weights_without_text_take_no_prompt(restorer, photograph):
+    for name in ("text", "negative_text"):
+        with pytest.raises(ValueError, match="trained without text"):
+            restorer.restore(photograph, scale=1, **{name: np.zeros((3, 8), np.float32)})
+
+
+def test_weights_with_text_need_it_and_read_it(restorer, photograph):
+    config = dataclasses.replace(restorer.config, dit=dataclasses.replace(restorer.config.dit, text_width=8))
+    generator = np.random.default_rng(0)
+    dit = jax.tree.map(
+        lambda leaf: 0.2 * generator.standard_normal(leaf.shape, np.float32), abstract_params(DiT, config.dit)
+    )
+    restorer = Restorer(config, restorer.weights | {"dit": dit})
+    words, others = generator.standard_normal((2, 3, 8), np.float32)
+    picture = to_float(photograph)
+    with pytest.raises(ValueError, match="give text embeddings"):
+        restorer.restore(picture, scale=1)
+    with pytest.raises(ValueError, match="give text embeddings"):
+        restorer.restore(picture, scale=1, negative_text=words)
+    with pytest.raises(ValueError, match=r"text embeddings have shape \(3, 4\), not \[length, 8\]"):
+        restorer.restore(picture, scale=1, text=words[:, :4])
+
+    first, second = (
+        restorer.restore(picture, scale=1, sampling=FAST, text=text[:2]) for text in (words, others)
+    )
+    assert np.abs(first - second).max() > 5e-3
+    # With guidance 0 the negative text alone acts; it is the shorter one, and its padding is not read.
+    negative_only = dataclasses.replace(FAST, guidance=0.0)
+    guided = restorer.restore(picture, scale=1, sampling=negative_only, text=words, negative_text=others[:2])
+    np.testing.assert_allclose(guided, second, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((8, 8), np.uint8), r"not \[8, 8\]"),
+        (np.zeros((8, 8, 4), np.uint8), r"not \[8, 8, 4\]"),
+        (np.zeros((0, 8, 3), np.uint8), r"not \[0, 8, 3\]"),
+        (np.zeros((1, 1, 8, 8, 3), np.uint8), r"not \[1, 1, 8, 8, 3\]"),
+        (np.zeros((8, 8, 3)), "not float64"),
+        (np.full((8, 8, 3), 255, np.float32), "reaches 255"),
+        (np.full((8, 8, 3), np.nan, np.float32), "reaches nan"),
+    ],
+)
+def test_unusable_images_are_named(image, message):
+    with pytest.raises(ValueError, match=message):
+        check_image(image)
+
+
+def test_target_size():
+    assert target_size((33, 51), 4, None) == (132, 204)
+    assert target_size((33, 51), 1.5, None) == (50, 76)
+    assert target_size((1, 9), 0.1, None) == (1, 1)
+    assert target_size((33, 51), None, (7, 9)) == (7, 9)
+    for scale, size in [(None, None), (2.0, (4, 4))]:
+        with pytest.raises(ValueError, match="either a scale or a size"):
+            target_size((33, 51), scale, size)
+    for scale in (0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="is not a positive number"):
+            target_size((33, 51), scale, None)
+    for size in [(0, 5), (5, 16385)]:
+        with pytest.raises(ValueError, match=f"{size[1]} x {size[0]} pixels"):
+            target_size((33, 51), None, size)

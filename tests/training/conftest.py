@@ -1,0 +1,48 @@
+"""What the tests of the training share: a folder of photographs, and the config of a run that takes seconds."""
+
+import dataclasses
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from zipir_jax.config import DataConfig, DiscriminatorConfig, LossConfig, OptimizerConfig, TrainConfig
+
+CROPS = {"coarse": 160, "fine": 64, "dit": 64, "pixel_decoder": 64}  # pixels; LPIPS needs 31 / 4 of coarse's
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Six pictures of smooth noise, 176 x 192 pixels."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        noise = cv2.GaussianBlur(rng.standard_normal((176, 192, 3)), (0, 0), 2.0 + index)
+        pixels = 127.5 + 60 * noise / noise.std()
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_config(tiny_model, photos):
+    """`make_config(stage, **overrides)`: a TrainConfig of four steps on the tiny model."""
+
+    def make(stage, **overrides):
+        config = TrainConfig(
+            stage=stage,
+            model=tiny_model,
+            data=DataConfig(folder=str(photos), crop=CROPS[stage], batch_size=2, threads=2),
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
+            loss=LossConfig(lpips_net="alexnet"),
+            discriminator=DiscriminatorConfig(base_channels=4, layers=1, compute_dtype="float32"),
+            steps=4,
+            ema_decay=0.5,
+            checkpoint_minutes=0.0,
+            sample_every=100,
+            statistics_images=6,
+        )
+        return dataclasses.replace(config, **overrides)
+
+    return make

@@ -1,0 +1,338 @@
+"""Whole runs of the four stages, a few steps each; and the command line."""
+
+import dataclasses
+import functools
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from zipir_jax.command_line import run
+from zipir_jax.config import SamplingConfig
+from zipir_jax.data.pipeline import batches
+from zipir_jax.metrics.fidelity import load_lpips
+from zipir_jax.models.lp_vae import encode, whiten
+from zipir_jax.restorer import Restorer
+from zipir_jax.train import main
+from zipir_jax.training import checkpoint
+from zipir_jax.training.loop import train
+from zipir_jax.training.stages import STAGES
+from zipir_jax.training.state import create_state, train_step
+from zipir_jax.weights import load_weights, save_weights
+
+ORDER = ("coarse", "fine", "dit", "pixel_decoder")  # each starts from the weights of the one before
+MADE = {
+    "coarse": {"statistics", "coarse_encoder", "coarse_decoder"},
+    "fine": {"fine_encoder", "fine_decoder"},
+    "dit": {"dit"},
+    "pixel_decoder": {"pixel_decoder"},
+}
+each_stage = pytest.mark.parametrize("stage", ORDER)
+
+
+@pytest.fixture(name="trained", scope="module")
+def make_trained(make_config, tmp_path_factory):
+    """`trained(stage)`: config and weights of four steps straight after the stages before; all checkpoints kept."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def trained(stage):
+        before = ORDER[ORDER.index(stage) - 1] if stage != "coarse" else None
+        config = make_config(
+            stage, output=str(folder / stage), init_from=str(trained(before)[1]) if before else ""
+        )
+        if stage == "coarse":  # its discriminator joins on the way
+            config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, adversarial_start=1))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "manager", lambda path: ocp.CheckpointManager(Path(path).absolute()))
+            return config, train(config)
+
+    return trained
+
+
+def saved_state(config, step):
+    path = Path(config.output) / "checkpoints" / str(step) / "state"
+    return ocp.StandardCheckpointer().restore(path.absolute())
+
+
+def leaves(tree):
+    return [
+        (jax.tree_util.keystr(p), np.asarray(v)) for p, v in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+
+
+def assert_same(first, second):
+    for (name, a), (other, b) in zip(leaves(first), leaves(second), strict=True):
+        assert name == other
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+# --------------------------------------------------------------------------------------------------
+
+
+@each_stage
+def test_a_run_that_stops_and_resumes_equals_one_that_does_not(trained, tmp_path, stage):
+    config, weights = trained(stage)
+    stopped = dataclasses.replace(config, output=str(tmp_path / "run"))
+    shutil.copytree(
+        config.output, stopped.output, ignore=shutil.ignore_patterns("3", "4", "weights", "samples")
+    )
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()].count("2") == 1
+    resumed = train(stopped, resume=True)
+
+    straight = saved_state(config, 4)
+    assert straight.keys() == {"params", "ema", "optimizer", "step"}
+    assert straight["step"] == 4
+    assert_same(saved_state(stopped, 4), straight)
+    assert_same(load_weights(resumed, ())[1], load_weights(weights, ())[1])
+    kept = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {"3", "4"}
+
+
+@each_stage
+def test_a_run_moves_what_it_trains_and_nothing_else(trained, stage):
+    config, weights = trained(stage)
+    _, made = load_weights(weights, ())
+    earlier = ORDER[: ORDER.index(stage)]
+    assert made.keys() == set().union(*(MADE[s] for s in (*earlier, stage)))
+    if earlier:
+        _, before = load_weights(config.init_from, ())
+        for group in before.keys() - {"statistics"}:
+            assert_same(made[group], before[group])
+        for name, value in before["statistics"].items():
+            np.testing.assert_array_equal(made["statistics"][name], value)
+
+    first, last = (leaves(saved_state(config, step)["params"]["generator"]) for step in (2, 4))
+    moved = [not np.array_equal(a, b) for (_, a), (_, b) in zip(first, last, strict=True)]
+    assert np.mean(moved) > 0.9
+    # What is exported is the average, not the last step's parameters.
+    _, ema = zip(*leaves(saved_state(config, 4)["ema"]), strict=True)
+    exported = (
+        made[stage] if stage in made else {group: made[group] for group in MADE[stage] - {"statistics"}}
+    )
+    for (name, value), average in zip(leaves(exported), ema, strict=True):
+        np.testing.assert_array_equal(value, average, err_msg=name)
+    assert np.mean([not np.array_equal(a, b) for a, (_, b) in zip(ema, last, strict=True)]) > 0.9
+
+
+def test_the_discriminator_waits_for_its_start(trained):
+    config, _ = trained("coarse")
+    states = [saved_state(config, step)["params"]["discriminator"] for step in (1, 2)]
+    start = create_state(config, {}, jax.random.split(jax.random.key(config.seed), 3)[1])
+    assert_same(states[0], start["params"]["discriminator"])
+    assert any(
+        not np.array_equal(a, b) for (_, a), (_, b) in zip(leaves(states[0]), leaves(states[1]), strict=True)
+    )
+
+
+def test_the_statistics_are_those_of_the_training_images(trained):
+    config, weights = trained("fine")
+    _, groups = load_weights(weights, ())
+    images = batches(config.data, None, config.seed + 1)
+    images = jnp.concatenate([next(images)["image"] for _ in range(3)])  # statistics_images / batch_size
+    encoded = jax.jit(lambda groups, images: encode(groups, config.model.lp_vae, images))(groups, images)
+    white = whiten(encoded, groups["statistics"])
+    np.testing.assert_allclose(white.mean((0, 1, 2)), 0, atol=1e-3)
+    np.testing.assert_allclose(white.std((0, 1, 2)), 1, atol=1e-3)
+    # The macro band was normalised by what the coarse stage measured, on crops of its own.
+    np.testing.assert_allclose(encoded[..., :3].mean((0, 1, 2)), 0, atol=0.5)
+
+
+@each_stage
+def test_the_sample_grid_has_a_row_per_picture_and_a_column_per_kind(trained, stage):
+    config, _ = trained(stage)
+    side = config.data.crop // (4 if stage == "coarse" else 1)
+    columns = {"coarse": 2, "fine": 2, "dit": 5, "pixel_decoder": 4}[stage]
+    with Image.open(Path(config.output) / "samples" / "0000004.png") as grid:
+        assert grid.size == (columns * side, 2 * side)
+        assert np.asarray(grid).std() > 5
+
+
+def test_the_four_stages_make_weights_that_restore(trained):
+    restorer = Restorer.load(str(trained("pixel_decoder")[1]))
+    photo = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    restored = restorer.restore(photo, scale=1.5, sampling=SamplingConfig(steps=2))
+    assert (restored.shape, restored.dtype) == ((60, 75, 3), np.uint8)
+    assert restored.std() > 1
+
+
+def test_a_decoder_can_learn_from_sampled_latents(trained, make_config):
+    config = make_config("pixel_decoder", decoder_latent="sampled", init_from=str(trained("dit")[1]))
+    stage = STAGES["pixel_decoder"]
+    assert set(stage.needs(config)) == {"statistics", "coarse_encoder", "fine_encoder", "fine_decoder", "dit"}
+    _, groups = load_weights(config.init_from, stage.needs(config))
+    lpips = {"lpips": load_lpips("alexnet")[0]}
+    batch = {name: jnp.zeros((2, 64, 64, 3)) for name in ("image", "lq")}
+
+    def step(key):
+        generator, frozen = stage.start(config, key, groups, ())
+        state = create_state(config, generator, key)
+        return state, train_step(config, True, state, frozen | lpips, batch)[0]
+
+    before, after = jax.eval_shape(step, jax.random.key(0))
+    assert jax.tree.map(lambda p: (p.shape, p.dtype), before) == jax.tree.map(
+        lambda p: (p.shape, p.dtype), after
+    )
+
+
+def test_the_loss_falls_on_one_batch(make_config):
+    config = make_config("coarse", steps=40)
+    config = dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=5e-3, warmup_steps=1),
+        loss=dataclasses.replace(config.loss, adversarial=0.0),
+    )
+    batch = next(batches(config.data, None, 0))
+    generator, frozen = STAGES["coarse"].start(config, jax.random.key(0), {}, [batch["image"]])
+    state = create_state(config, generator, jax.random.key(1))
+    frozen |= {"lpips": load_lpips("alexnet")[0]}
+    step = jax.jit(functools.partial(train_step, config, False))
+    losses = []
+    for _ in range(config.steps):
+        state, metrics = step(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:3])
+
+
+# --------------------------------------------------------------------------------------------------
+# Refusals
+# --------------------------------------------------------------------------------------------------
+
+
+def replace_data(config, **changes):
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage": "medium"}, "stage 'medium' is not one of coarse, fine, dit, pixel_decoder"),
+        ({"stage": "fine"}, "stage fine needs init_from"),
+        ({"stage": "dit"}, "stage dit needs init_from"),
+        ({"stage": "pixel_decoder"}, "stage pixel_decoder needs init_from"),
+        ({"output": ""}, "output is empty"),
+        ({"decoder_latent": "noisy"}, "decoder_latent 'noisy' is neither clean nor sampled"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(make_config, tmp_path, changes, message):
+    config = dataclasses.replace(make_config("coarse", output=str(tmp_path)), **changes)
+    with pytest.raises(ValueError, match=message):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crop": 100}, "data.crop 100 is not a multiple of 32"),
+        ({"crop": 96}, "data.crop 96 leaves LPIPS 20 pixels; it needs 31"),
+        ({"folder": ""}, "data.folder is empty"),
+        ({"folder": "/nowhere/at/all"}, "/nowhere/at/all: no such folder"),
+        ({"crop": 224}, "holds no image .* with both sides of at least 224 pixels"),
+    ],
+)
+def test_data_that_does_not_suit_is_refused(make_config, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(replace_data(make_config("coarse", output=str(tmp_path)), **changes))
+
+
+def test_an_existing_checkpoint_is_neither_overwritten_nor_mixed_with_another_config(trained):
+    config, weights = trained("coarse")
+    before = (weights / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds a checkpoint of step 4: --resume, or move it"):
+        train(config)
+    with pytest.raises(
+        ValueError, match="step 4 was written with seed = 0, not 1; use another output folder"
+    ):
+        train(dataclasses.replace(config, seed=1), resume=True)
+    assert (weights / "model.safetensors").read_bytes() == before
+
+
+def test_weights_that_do_not_fit_are_refused(trained, make_config, tiny_model, tmp_path):
+    coarse = str(trained("coarse")[1])
+    config = make_config("dit", output=str(tmp_path / "run"), init_from=coarse)
+    with pytest.raises(ValueError, match="the weights have no fine_encoder"):
+        train(config)
+    with pytest.raises(ValueError, match="nowhere: no weights here"):
+        train(dataclasses.replace(config, init_from=str(tmp_path / "nowhere")))
+    other = dataclasses.replace(tiny_model, dit=dataclasses.replace(tiny_model.dit, layers=3))
+    save_weights(tmp_path / "other", other, load_weights(coarse, ())[1])
+    config = make_config("fine", output=str(tmp_path / "run"), init_from=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="other: these weights are of another model than the config's"):
+        train(config)
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="config_file")
+def make_config_file(make_config, tmp_path):
+    config = make_config("coarse", output=str(tmp_path / "run"))
+    path = tmp_path / "config.py"
+    path.write_text(f"from zipir_jax.config import *\n\ndef config():\n    return {config!r}\n")
+    return path
+
+
+def test_the_command_line_trains_what_the_config_and_the_overrides_say(config_file, tmp_path, call):
+    output = tmp_path / "elsewhere"
+    status, out, err = call(main, "--config", config_file, "--steps", 0, "--output", output)
+    assert status == 0, err
+    assert out == f"weights: {output / 'weights'}\n"
+    model, groups = load_weights(output / "weights", ())
+    assert groups.keys() == MADE["coarse"]
+    assert model.dit.width == 32
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--data.nonsense", "3"), "nonsense"),
+        (("--nonsense",), "nonsense"),
+        (("--steps", "many"), "many"),
+        (("--data.crop", "100"), "error: data.crop 100 is not a multiple of 32\n"),
+        (("--stage", "medium"), "error: stage 'medium' is not one of"),
+        (("--data.folder", "/nowhere"), "error: /nowhere: no such folder\n"),
+    ],
+)
+def test_the_command_line_refuses_with_status_2(config_file, call, arguments, word):
+    status, out, err = call(main, "--config", config_file, *arguments)
+    assert status == 2
+    assert word in out + err
+    assert "Traceback" not in out + err
+
+
+def test_the_command_line_says_what_is_wrong_with_the_config_file(tmp_path, call):
+    empty = tmp_path / "empty.py"
+    empty.write_text("")
+    for arguments, message in (
+        ((), "--config is missing"),
+        (("--config", tmp_path / "nowhere.py"), "nowhere.py: no such config"),
+        (("--config", empty), "empty.py: a config file needs a function named config"),
+    ):
+        status, _, err = call(main, *arguments)
+        assert status == 2
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_help_lists_the_settings(call):
+    status, out, _ = call(main, "--help")
+    assert status == 0
+    for option in ("--data.folder", "--optimizer.learning-rate", "--steps", "--resume"):
+        assert option in out
+
+
+def test_debug_shows_the_traceback(config_file, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "--debug", "--config", str(config_file), "--data.crop", "100"])
+    with pytest.raises(ValueError, match=r"data\.crop 100 is not a multiple of 32"):
+        run(main)
