@@ -32,5 +32,5 @@ test: .venv/.installed
 	@touch $@
 
 clean:
-	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find zipir_jax tests configs -name __pycache__ -exec rm -rf {} +

@@ -345,6 +345,7 @@ class LossConfig:
     l1: float = 1.0  # mean absolute error on [-1, 1]
     lpips: float = 1.0
     lpips_net: str = "auto"  # alexnet | vgg16 | auto: alexnet on CPU, vgg16 elsewhere
+    lpips_crop: int = 0  # pixels, side of the random window of each image that LPIPS sees; 0 = the whole image
     kl: float = 1e-6  # sum over latent values / number of image values
     adversarial: float = 0.5  # times the adaptive weight of Esser et al. 2021, eq. 7
     adversarial_start: int = 0  # step

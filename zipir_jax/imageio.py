@@ -51,12 +51,11 @@ def read_image(path: Path) -> Float32[np.ndarray, "h w 3"]:
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I") or image.mode == "F":
                     pixels = np.nan_to_num(np.asarray(image, np.float32))
-                    # Pillow does not say what the white of 32-bit integers and floats is.
-                    white = (
-                        65535
-                        if image.mode.startswith("I;16")
-                        else next((white for white in (1, 255, 65535) if pixels.max() <= white), pixels.max())
-                    )
+                    # Pillow does not say what white is in 32 bits; a 1-bit picture has the mode "1", not these.
+                    whites = [1, 255, 65535] if image.mode == "F" else [255, 65535]
+                    if image.mode.startswith("I;16"):
+                        whites = [65535]
+                    white = next((white for white in whites if pixels.max() <= white), pixels.max())
                     pixels = np.repeat(np.clip(pixels / white, 0, 1)[..., None], 3, -1)
                 else:
                     pixels = np.asarray(image.convert("RGB"), np.float32) / 255

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -53,7 +54,9 @@ def count_params(params: dict) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def area_downsample(image: Float[Array, "b h w c"], factor: int) -> Float[Array, "b h2 w2 c"]:
+def area_downsample(
+    image: Float[Array | np.ndarray, "b h w c"], factor: int
+) -> Float[Array | np.ndarray, "b h2 w2 c"]:
     """Mean over `factor` x `factor` pixels; local, so it commutes with tiling.
 
     Raises ValueError if a side is not a multiple of `factor`.

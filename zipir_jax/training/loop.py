@@ -18,7 +18,7 @@ from zipir_jax.imageio import to_uint8
 from zipir_jax.metrics.fidelity import load_lpips
 from zipir_jax.models.lp_vae import COARSE_FACTOR
 from zipir_jax.training import checkpoint
-from zipir_jax.training.losses import LPIPS_SHIFT, LPIPS_SMALLEST, lpips_net
+from zipir_jax.training.losses import LPIPS_SMALLEST, lpips_net
 from zipir_jax.training.stages import STAGES
 from zipir_jax.training.state import create_state, train_step
 from zipir_jax.weights import load_weights, save_weights
@@ -119,9 +119,11 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"data.crop {config.data.crop} is not a multiple of 32")
     if config.stage != "dit":
         side = config.data.crop // (COARSE_FACTOR if config.stage == "coarse" else 1)
-        smallest = LPIPS_SMALLEST + LPIPS_SHIFT
+        smallest = max(LPIPS_SMALLEST, config.loss.lpips_crop)
         if config.loss.adversarial > 0:  # its last two convolutions, of stride 1, take a pixel each
             smallest = max(smallest, 3 * 2**config.discriminator.layers)
+        if 0 < config.loss.lpips_crop < LPIPS_SMALLEST:
+            raise ValueError(f"loss.lpips_crop {config.loss.lpips_crop} is below {LPIPS_SMALLEST} pixels")
         if side < smallest:
             raise ValueError(
                 f"data.crop {config.data.crop} gives the losses {side} pixels; they need {smallest}"

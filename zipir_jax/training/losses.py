@@ -13,9 +13,6 @@ from zipir_jax.metrics.fidelity import load_lpips
 from zipir_jax.models.discriminator import PatchDiscriminator
 from zipir_jax.models.layers import bind
 
-# AlexNet's first convolution has stride 4: it sees one pixel phase of sixteen and is blind to patterns that it learns
-# to compensate there. Image and target are shifted together by up to this many pixels, at random, before LPIPS.
-LPIPS_SHIFT = 4
 LPIPS_SMALLEST = 31  # pixels; below, the last pooling of AlexNet leaves nothing
 
 
@@ -32,11 +29,17 @@ def kl_divergence(mean: Float[Array, "b h w c"], log_variance: Float[Array, "b h
     return kl.sum((1, 2, 3)).mean()
 
 
-def random_shift(key, a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]):
-    """The same window of both, `LPIPS_SHIFT` pixels smaller, at a random place."""
-    size = (a.shape[0], a.shape[1] - LPIPS_SHIFT, a.shape[2] - LPIPS_SHIFT, a.shape[3])
-    y, x = jax.random.randint(key, (2,), 0, LPIPS_SHIFT + 1)
-    return tuple(jax.lax.dynamic_slice(i, (0, y, x, 0), size) for i in (a, b))
+def random_windows(key, side: int, a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]):
+    """The same `side` x `side` pixels of both, at a random place in each image; all of them for side 0."""
+    if not side:
+        return a, b
+    count, height, width, channels = a.shape
+    corners = jax.random.randint(key, (count, 2), 0, jnp.array([height - side + 1, width - side + 1]))
+
+    def cut(image, corner):
+        return jax.lax.dynamic_slice(image, (*corner, 0), (side, side, channels))
+
+    return jax.vmap(cut)(a, corners), jax.vmap(cut)(b, corners)
 
 
 def image_gradients(config: TrainConfig, features, head, params, lpips_params, target, key, adversarial):
@@ -57,7 +60,7 @@ def image_gradients(config: TrainConfig, features, head, params, lpips_params, t
 
     def reconstruction(image):
         l1 = jnp.abs(image - target).mean()
-        lpips = lpips_distance(lpips_params, *random_shift(key, image, target)).mean()
+        lpips = lpips_distance(lpips_params, *random_windows(key, loss.lpips_crop, image, target)).mean()
         return loss.l1 * l1 + loss.lpips * lpips, {"l1": l1, "lpips": lpips}
 
     (total, metrics), image_gradient = jax.value_and_grad(reconstruction, has_aux=True)(image)
