@@ -15,10 +15,10 @@ def config() -> TrainConfig:
         optimizer=OptimizerConfig(
             learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=100, weight_decay=0.01, beta2=0.99
         ),
-        loss=LossConfig(lpips=0.3, adversarial=0.0),
+        loss=LossConfig(lpips=0.3, lpips_net="vgg16", lpips_crop=48, adversarial=0.0),
         discriminator=DiscriminatorConfig(base_channels=32, compute_dtype="float32"),
-        steps=800,
-        ema_decay=0.995,
+        steps=600,
+        ema_decay=0.99,
         checkpoint_minutes=3.0,
         sample_every=200,
     )

@@ -1,5 +1,8 @@
 """What every entry point does alike: errors in one line, compiled programs kept on disk, the machine named."""
 
+import contextlib
+import functools
+import io
 import os
 import platform
 import sys
@@ -7,6 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import tyro
 from platformdirs import user_cache_dir
 
 
@@ -26,6 +30,34 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def parse(command: Callable | dict[str, Callable], arguments: list[str], **options) -> Callable:
+    """What the arguments ask for: `command`, or the one they name, with its parameters bound, yet to be called.
+
+    Raises ValueError, in one line, where tyro would print a box and exit. `options` go to tyro.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            if isinstance(command, dict):
+                commands = {name: _deferred(function) for name, function in command.items()}
+                return tyro.extras.subcommand_cli_from_dict(commands, args=arguments, **options)
+            return tyro.cli(_deferred(command), args=arguments, **options)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = [line.strip(" │╭╮╰╯─") for line in printed.getvalue().splitlines()]
+        message = " ".join(line for line in lines if line).partition("For full helptext")[0]
+        raise ValueError(f"{message.strip()} (--help lists the options)") from None
+
+
+def _deferred(function):
+    @functools.wraps(function)
+    def bind(*args, **kwargs):
+        return functools.partial(function, *args, **kwargs)
+
+    return bind
 
 
 def cache_compiled_programs() -> None:

@@ -202,8 +202,12 @@ class AutoencoderConfig:
     multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of base_channels, one per scale, highest resolution first
     blocks_per_scale: int = 2
     patch: int = 1  # pixels; the image is folded into patches before the first scale (1 in the paper)
-    pixel_channels: int = 8  # at full resolution, before the last convolution; only where patch > 1
+    pixel_channels: int = 12  # of the decoder at full resolution, twice as many at half; only where patch > 1
     compute_dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        if self.patch < 1 or self.patch & (self.patch - 1):
+            raise ValueError(f"patch {self.patch} is not a power of two")
 
     @property
     def factor(self) -> int:
@@ -345,7 +349,9 @@ class LossConfig:
     l1: float = 1.0  # mean absolute error on [-1, 1]
     lpips: float = 1.0
     lpips_net: str = "auto"  # alexnet | vgg16 | auto: alexnet on CPU, vgg16 elsewhere
-    lpips_crop: int = 0  # pixels, side of the random window of each image that LPIPS sees; 0 = the whole image
+    lpips_crop: int = (
+        0  # pixels, side of the random window of each image that LPIPS sees; 0 = the whole image
+    )
     kl: float = 1e-6  # sum over latent values / number of image values
     adversarial: float = 0.5  # times the adaptive weight of Esser et al. 2021, eq. 7
     adversarial_start: int = 0  # step

@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from zipir_jax.command_line import cache_compiled_programs, machine, run
+from zipir_jax.command_line import cache_compiled_programs, machine, parse, run
 from zipir_jax.config import TASKS, SamplingConfig
 from zipir_jax.data.degrade import MINIMUM_SIDE, apply_task, resize
 from zipir_jax.data.preview import side_by_side
@@ -180,7 +180,7 @@ def bicubic(lq: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def main(arguments: list[str]) -> None:
-    tyro.cli(evaluate, args=arguments, prog="python -m zipir_jax.evaluate", description=__doc__)
+    parse(evaluate, arguments, prog="python -m zipir_jax.evaluate", description=__doc__)()
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 from zipir_jax import imageio
-from zipir_jax.command_line import run
+from zipir_jax.command_line import parse, run
 from zipir_jax.config import DegradationConfig
 from zipir_jax.data.degrade import MINIMUM_SIDE, check_image
 from zipir_jax.data.preview import contact_sheet
@@ -91,12 +90,8 @@ def _middle(image, side):
 
 
 def main(arguments: list[str]) -> None:
-    tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        args=arguments,
-        prog="python -m zipir_jax.prepare",
-        description="Prepare and inspect training data. --debug shows the traceback of an error.",
-    )
+    description = "Prepare and inspect training data. --debug shows the traceback of an error."
+    parse(COMMANDS, arguments, prog="python -m zipir_jax.prepare", description=description)()
 
 
 if __name__ == "__main__":

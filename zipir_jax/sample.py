@@ -6,7 +6,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from zipir_jax.command_line import cache_compiled_programs, run
+from zipir_jax.command_line import cache_compiled_programs, parse, run
 from zipir_jax.config import SamplingConfig
 from zipir_jax.imageio import OUTPUT_FORMATS, distinct_names, list_images, read_image, write_image
 
@@ -39,14 +39,18 @@ def restore_files(
     if scale is None and target is None:
         scale = 4.0
     jobs = plan(input, output)
+    from zipir_jax.diffusion.schedule import spaced_timesteps
     from zipir_jax.restorer import (
         Restorer,
         target_size,
-    )  # importing jax takes seconds; bad input should not wait
+    )
 
     target_size((1, 1), scale, target)  # a scale or size that no image can have
     cache_compiled_programs()
     restorer = Restorer.load(weights)
+    spaced_timesteps(
+        restorer.config.diffusion.train_timesteps, sampling.steps, sampling.spacing
+    )  # or ValueError
     failures = 0
     with tqdm(total=PHASES * len(jobs), unit="phase", dynamic_ncols=True) as bar:
         for index, (source, destination) in enumerate(jobs):
@@ -107,7 +111,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def main(arguments: list[str]) -> int:
-    return tyro.cli(restore_files, args=arguments, prog="python -m zipir_jax.sample", description=__doc__)
+    return parse(restore_files, arguments, prog="python -m zipir_jax.sample", description=__doc__)()
 
 
 if __name__ == "__main__":

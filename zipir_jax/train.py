@@ -5,10 +5,11 @@ A config is a Python file with a function `config() -> TrainConfig`. Every field
 
 import argparse
 import runpy
+from typing import Annotated
 
 import tyro
 
-from zipir_jax.command_line import run
+from zipir_jax.command_line import parse, run
 from zipir_jax.config import TrainConfig
 
 
@@ -24,23 +25,27 @@ def load_config(path: str) -> TrainConfig:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m zipir_jax.train", add_help=False)
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config")
     parser.add_argument("--resume", action="store_true")
     options, overrides = parser.parse_known_args(arguments)
     if not options.config and "--help" not in overrides:
         raise ValueError("--config is missing: name a config file, such as configs/small_coarse.py")
-    config = tyro.cli(
-        TrainConfig,
-        default=load_config(options.config) if options.config else TrainConfig(),
-        args=overrides,
+    default = load_config(options.config) if options.config else TrainConfig()
+
+    def train_stage(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default) -> None:
+        from zipir_jax.training.loop import (
+            train,  # importing jax takes seconds; bad arguments should not wait
+        )
+
+        print(f"weights: {train(config, options.resume)}")
+
+    parse(
+        train_stage,
+        overrides,
         prog="python -m zipir_jax.train --config FILE [--resume] [--debug]",
         description="Train one stage. --resume goes on from the newest checkpoint of the output folder, if any.",
-    )
-    # After the arguments are known to be good: importing jax takes seconds.
-    from zipir_jax.training.loop import train
-
-    print(f"weights: {train(config, options.resume)}")
+    )()
 
 
 if __name__ == "__main__":

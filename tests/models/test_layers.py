@@ -11,10 +11,10 @@ from zipir_jax.models.layers import (
     Upsample,
     abstract_params,
     area_downsample,
+    bilinear_upsample,
     bind,
     conv,
     count_params,
-    depth_to_space,
     init_params,
     space_to_depth,
 )
@@ -41,9 +41,9 @@ def test_space_to_depth_puts_each_patch_into_the_channels_of_one_pixel(image):
     np.testing.assert_array_equal(folded[1, 2, 3], image[1, 8:12, 12:16].ravel())
 
 
-@pytest.mark.parametrize("patch", [1, 2, 4])
-def test_depth_to_space_is_the_inverse_of_space_to_depth(image, patch):
-    np.testing.assert_array_equal(depth_to_space(space_to_depth(image, patch), patch), image)
+def test_bilinear_upsample_is_the_textbook_one(image):
+    expected = jax.image.resize(image, (2, 24, 40, 3), "bilinear")
+    np.testing.assert_allclose(bilinear_upsample(image), expected, atol=1e-6)
 
 
 def test_area_downsample_is_the_mean_of_each_block(image):
@@ -105,9 +105,9 @@ def test_downsample_adds_its_convolution_to_the_mean(image):
     np.testing.assert_allclose(layer(image), expected, atol=1e-6)
 
 
-def test_upsample_adds_its_convolution_to_repeated_pixels(image):
+def test_upsample_adds_its_convolution_to_the_enlarged_picture(image):
     layer = Upsample(3, nnx.Rngs(0), dtype="float32")
-    enlarged = np.repeat(np.repeat(image, 2, 1), 2, 2)
+    enlarged = bilinear_upsample(image)
     np.testing.assert_allclose(layer(image), enlarged + layer.conv(enlarged), atol=1e-6)
 
 

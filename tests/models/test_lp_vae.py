@@ -99,13 +99,19 @@ def encoder_reads(config, low, high):
 def decoder_reads(config, low, high):
     """First and last latent that pixels `low` to `high` of a decoder read, along one side."""
     low, high = low - 1, high + 1  # last convolution
-    if config.patch > 1:
-        low, high = low // config.patch - 1, high // config.patch + 1
+    for _ in range(config.patch.bit_length() - 1):
+        low, high = enlarged_reads(low, high)
     for scale in reversed(range(len(config.multipliers))):
         low, high = low - 2 * config.blocks_per_scale, high + 2 * config.blocks_per_scale
         if scale:
-            low, high = (low - 1) // 2, (high + 1) // 2  # 3x3 convolution after nearest-neighbour 2x
+            low, high = enlarged_reads(low, high)
     return low - 1, high + 1  # stem
+
+
+def enlarged_reads(low, high):
+    """What a 3x3 convolution after bilinear doubling reads: pixel i of a doubled line lies between i - 1 and i + 1
+    halves."""
+    return (low - 2) // 2, (high + 2) // 2
 
 
 def lp_vae_reads(config, low, high):
@@ -224,9 +230,10 @@ def test_a_band_with_another_factor_is_refused(field):
 def test_the_patched_stem_folds_pixels_and_ends_at_full_resolution():
     encoder, decoder = (abstract_params(network, PATCHED.fine) for network in (Encoder, Decoder))
     assert encoder["stem"]["kernel"].shape == (3, 3, 3 * 4**2, 4)
-    assert decoder["unpatch"]["kernel"].shape == (3, 3, 4, 4 * 4**2)
+    shapes = [layer["kernel"].shape for layer in decoder["enlarge"].values()]
+    assert shapes == [(3, 3, 4, 8), (3, 3, 8, 4)]
     assert decoder["head_conv"]["kernel"].shape == (3, 3, 4, 3)
-    assert "unpatch" not in abstract_params(Decoder, PLAIN.fine)
+    assert not abstract_params(Decoder, PLAIN.fine).get("enlarge")
     features = jax.eval_shape(
         lambda params, latent: bind(Decoder, PATCHED.fine, params).features(latent),
         decoder,

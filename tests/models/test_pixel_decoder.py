@@ -41,7 +41,7 @@ def make_inputs():
 def test_it_starts_as_the_plain_decoder(config, lp_vae, params, inputs, run):
     latent, lq = inputs
     plain = jax.jit(lambda params: bind(Decoder, config.fine, params)(latent))(lp_vae["fine_decoder"])
-    np.testing.assert_allclose(run(params, latent, lq), plain, atol=1e-5)
+    np.testing.assert_allclose(run(params, latent, lq), plain, atol=1e-5, rtol=1e-5)
     np.testing.assert_array_equal(run(params, latent, -lq), run(params, latent, lq))
     assert np.abs(plain).max() > 0.01
 

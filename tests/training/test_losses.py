@@ -13,11 +13,10 @@ from zipir_jax.models.discriminator import PatchDiscriminator
 from zipir_jax.models.layers import bind
 from zipir_jax.models.lp_vae import Decoder
 from zipir_jax.training.losses import (
-    LPIPS_SHIFT,
     image_gradients,
     kl_divergence,
     lpips_net,
-    random_shift,
+    random_windows,
 )
 
 KEY = jax.random.key(7)
@@ -42,17 +41,20 @@ def test_kl_is_that_of_a_monte_carlo_estimate():
     np.testing.assert_allclose(kl_divergence(*batch), kl_divergence(mean, log_variance), rtol=1e-6)
 
 
-def test_random_shift_takes_the_same_window_of_both():
-    image = jnp.arange(2 * 9 * 8 * 3, dtype=jnp.float32).reshape(2, 9, 8, 3)
-    shift = jax.jit(lambda key: random_shift(key, image, image + 1000))
-    corners = set()
+def test_random_windows_are_the_same_of_both_and_anywhere_in_each_image():
+    image = jnp.arange(2 * 7 * 6 * 3, dtype=jnp.float32).reshape(2, 7, 6, 3)
+    windows = jax.jit(lambda key: random_windows(key, 4, image, image + 1000))
+    corners = [set(), set()]
     for seed in range(200):
-        a, b = shift(jax.random.key(seed))
+        a, b = windows(jax.random.key(seed))
         np.testing.assert_array_equal(b, a + 1000)
-        y, x = divmod(int(a[0, 0, 0, 0]) // 3, 8)
-        corners.add((y, x))
-        np.testing.assert_array_equal(a, image[:, y : y + 5, x : x + 4])
-    assert corners == {(y, x) for y in range(LPIPS_SHIFT + 1) for x in range(LPIPS_SHIFT + 1)}
+        for i in range(2):
+            y, x = divmod(int(a[i, 0, 0, 0] - image[i, 0, 0, 0]) // 3, 6)
+            corners[i].add((y, x))
+            np.testing.assert_array_equal(a[i], image[i, y : y + 4, x : x + 4])
+    assert corners[0] == corners[1] == {(y, x) for y in range(4) for x in range(3)}
+    whole = random_windows(jax.random.key(0), 0, image, image + 1000)
+    np.testing.assert_array_equal(whole[0], image)
 
 
 def test_the_lpips_network_follows_the_backend_only_where_it_is_left_open():
@@ -70,7 +72,9 @@ def test_the_lpips_network_follows_the_backend_only_where_it_is_left_open():
 def make_case(make_config, random_params):
     """A decoder that makes an image from a fixed latent, and a KL that depends on one of its tensors."""
     config = make_config("fine")
-    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, lpips=0.7, l1=1.3, kl=0.5))
+    config = dataclasses.replace(
+        config, loss=dataclasses.replace(config.loss, lpips=0.7, lpips_crop=40, l1=1.3, kl=0.5)
+    )
     params = {
         "generator": random_params(Decoder, config.model.lp_vae.fine, 0),
         "discriminator": random_params(PatchDiscriminator, config.discriminator, 1),
@@ -90,7 +94,7 @@ def make_case(make_config, random_params):
 
     def reconstruction(generator):
         image = decoder(generator)(latent)
-        lpips = distance(lpips_params, *random_shift(KEY, image, target)).mean()
+        lpips = distance(lpips_params, *random_windows(KEY, config.loss.lpips_crop, image, target)).mean()
         return 1.3 * jnp.abs(image - target).mean() + 0.7 * lpips
 
     def adversarial(generator):

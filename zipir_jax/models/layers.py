@@ -75,11 +75,17 @@ def space_to_depth(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2
     return x.reshape(b, h // patch, w // patch, patch * patch * c)
 
 
-def depth_to_space(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2 w2 c2"]:
-    """The inverse of `space_to_depth`."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h, w, patch, patch, c // patch**2).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h * patch, w * patch, c // patch**2)
+def bilinear_upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Twice the height and width, pixel centres aligned, edges repeated; reaches one pixel, so it is local."""
+    for axis in (1, 2):
+        size = x.shape[axis]
+        edge = [(int(i == axis),) * 2 for i in range(4)]
+        padded = jnp.pad(x, edge, "edge")
+        before = 0.75 * x + 0.25 * jax.lax.slice_in_dim(padded, 0, size, axis=axis)
+        after = 0.75 * x + 0.25 * jax.lax.slice_in_dim(padded, 2, size + 2, axis=axis)
+        shape = (*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+        x = jnp.stack([before, after], axis + 1).reshape(shape)
+    return x
 
 
 def conv(in_channels, out_channels, rngs, *, dtype, kernel=3, stride=1, zero=False):
@@ -130,12 +136,11 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Nearest-neighbour 2x, and a 3x3 convolution of it added: the mirror of `Downsample`."""
+    """Bilinear 2x, and a 3x3 convolution of it added: the mirror of `Downsample`."""
 
     def __init__(self, channels, rngs, *, dtype):
         self.conv = conv(channels, channels, rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        b, h, w, c = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        x = bilinear_upsample(x)
         return x + self.conv(x)

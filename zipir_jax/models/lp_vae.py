@@ -18,9 +18,9 @@ from zipir_jax.models.layers import (
     ResidualBlock,
     Upsample,
     area_downsample,
+    bilinear_upsample,
     bind,
     conv,
-    depth_to_space,
     space_to_depth,
 )
 
@@ -76,7 +76,6 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
         dtype = config.compute_dtype
-        self.patch = config.patch
         widths = [config.base_channels * m for m in config.multipliers][::-1]
         self.stem = conv(config.decoder_channels, widths[0], rngs, dtype=dtype)
         blocks, ups, previous = [], [], widths[0]
@@ -90,11 +89,15 @@ class Decoder(nnx.Module):
         self.ups = nnx.List(ups)
         self.blocks_per_scale = config.blocks_per_scale
         self.norm = nnx.RMSNorm(previous, dtype=dtype, rngs=rngs)
-        # With a patch, each sub-pixel of a patch has weights of its own and a grid of the patch's period is easy to
-        # learn. The last convolution runs at full resolution, where it treats all pixels alike, and can undo it.
-        patched = config.pixel_channels * config.patch**2
-        self.unpatch = conv(previous, patched, rngs, dtype=dtype) if config.patch > 1 else None
-        self.head_conv = conv(config.pixel_channels if config.patch > 1 else previous, 3, rngs, dtype=dtype)
+        # Where the encoder folds pixels into patches, the decoder does not unfold them: sub-pixels with weights of
+        # their own would leave a grid. It enlarges and convolves, and what is flat before stays flat.
+        enlarge = []
+        for doubling in reversed(range(config.patch.bit_length() - 1)):
+            width = config.pixel_channels * 2**doubling
+            enlarge.append(conv(previous, width, rngs, dtype=dtype))
+            previous = width
+        self.enlarge = nnx.List(enlarge)
+        self.head_conv = conv(previous, 3, rngs, dtype=dtype)
 
     def features(self, latent: Float[Array, "b h w c"], fuse=None) -> Float[Array, "b h2 w2 c2"]:
         """Everything before the last convolution. `fuse(scale, h) -> h` may add to what enters each scale (lowest
@@ -108,8 +111,8 @@ class Decoder(nnx.Module):
             for i in range(self.blocks_per_scale):
                 h = self.blocks[scale * self.blocks_per_scale + i](h)
         h = nnx.swish(self.norm(h))
-        if self.unpatch is not None:
-            h = nnx.swish(depth_to_space(self.unpatch(h), self.patch))
+        for layer in self.enlarge:
+            h = nnx.swish(layer(bilinear_upsample(h)))
         return h
 
     def head(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
