@@ -14,6 +14,7 @@ from zipir_jax.metrics.fidelity import grid_energy, lpips, psnr
 from zipir_jax.restorer import NEEDED, Restorer
 from zipir_jax.weights import DEFAULT, load_weights
 
+pytestmark = pytest.mark.skipif(not DEFAULT.is_dir(), reason="the default weights are not trained yet")
 FEW_STEPS = SamplingConfig(steps=4)
 
 
@@ -59,7 +60,7 @@ def test_super_resolution_looks_better_than_bicubic_at_no_great_loss(restored):
 @pytest.mark.parametrize("task", ["mixture", "sr8"])
 def test_flat_regions_show_no_grid_of_the_stem(restored, task):
     _, ours, original = restored[task]
-    assert grid_energy(ours, original, period=4) < 2 * grid_energy(original, original, period=4)
+    assert grid_energy(ours, original, 4) < 2 * grid_energy(original, original, 4)
 
 
 @pytest.mark.parametrize("task", ["mixture", "sr8"])

@@ -40,10 +40,7 @@ def restore_files(
         scale = 4.0
     jobs = plan(input, output)
     from zipir_jax.diffusion.schedule import spaced_timesteps
-    from zipir_jax.restorer import (
-        Restorer,
-        target_size,
-    )
+    from zipir_jax.restorer import Restorer, target_size
 
     target_size((1, 1), scale, target)  # a scale or size that no image can have
     cache_compiled_programs()

@@ -23,8 +23,8 @@ def test_scores_are_those_of_the_8_bit_picture():
     a, b = (picture[None].astype(np.float32) / 127.5 - 1 for picture in (original, restored))
     for net in LPIPS_NETS:
         assert score[f"lpips_{net}"] == pytest.approx(float(lpips(a, b, net)[0]), rel=1e-3)
-    assert score["grid_original"] == grid_energy(a[0], GRID_PERIOD)
-    assert score["grid"] == grid_energy(b[0], GRID_PERIOD)
+    assert score["grid_original"] == grid_energy(a[0], a[0], GRID_PERIOD)
+    assert score["grid"] == grid_energy(b[0], a[0], GRID_PERIOD)
     with pytest.raises(ValueError, match=r"\(32, 64, 3\)"):
         Reference(original).score(restored[:32])
 

@@ -199,7 +199,7 @@ def test_the_loss_falls_on_one_batch(make_config):
     for _ in range(config.steps):
         state, metrics = step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
-    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:3])
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
 
 
 # --------------------------------------------------------------------------------------------------

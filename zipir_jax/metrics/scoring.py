@@ -34,7 +34,7 @@ class Reference:
     def __init__(self, original: UInt8[np.ndarray, "h w 3"]):
         self._original = to_float(original)
         self._distances = {f"lpips_{net}": lpips_to(self._original, net) for net in LPIPS_NETS}
-        self._grid = grid_energy(self._original, GRID_PERIOD)
+        self._grid = grid_energy(self._original, self._original, GRID_PERIOD)
 
     def score(self, restored: UInt8[np.ndarray, "h w 3"]) -> dict[str, float]:
         """{psnr (dB), lpips_alexnet, lpips_vgg16, grid, grid_original}; see `metrics.fidelity`.
@@ -47,7 +47,7 @@ class Reference:
         return {
             "psnr": float(psnr(picture[None], self._original[None])[0]),
             **{name: distance(picture) for name, distance in self._distances.items()},
-            "grid": grid_energy(picture, GRID_PERIOD),
+            "grid": grid_energy(picture, self._original, GRID_PERIOD),
             "grid_original": self._grid,
         }
 
