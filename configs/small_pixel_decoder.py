@@ -1,4 +1,4 @@
-"""Small model, stage 4 of 4: the pixel-aware decoder, on latents that the DiT samples.
+"""Small model, stage 4 of 4: the pixel-aware decoder, on latents that the DiT predicts.
 
 python -m zipir_jax.train --config configs/small_pixel_decoder.py --data.folder PHOTOS
 """
@@ -18,7 +18,7 @@ def config() -> TrainConfig:
         ),
         loss=LossConfig(lpips=0.5, lpips_net="vgg16", lpips_crop=128, adversarial=0.0),
         discriminator=DiscriminatorConfig(base_channels=32, compute_dtype="float32"),
-        decoder_latent="sampled",
+        decoder_noise=0.5,
         steps=3000,
         ema_decay=0.998,
         checkpoint_minutes=3.0,

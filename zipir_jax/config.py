@@ -378,10 +378,9 @@ class TrainConfig:
     sample_every: int = 1000  # steps between sample grids
     statistics_images: int = 512  # from which the macro and latent statistics are measured
     noise_draws: int = 1  # dit: timesteps and noises per encoded image; more make one encoding go further
-    # pixel_decoder: the latent it learns to decode. "clean" is the paper's reconstruction objective, the latent of
-    # the clean image; "sampled" is what the trained DiT makes of the degraded image, as in use (needs a DiT).
-    decoder_latent: str = "clean"
-    decoder_sampling_steps: int = 8  # DDIM steps for "sampled"
+    # pixel_decoder: the latent that it learns to decode. 0 is the paper's, of the clean image; above, it is the DiT's
+    # prediction of that latent at a noise level (timestep / train_timesteps) drawn uniformly between 0 and this.
+    decoder_noise: float = 0.0
 
 
 # --------------------------------------------------------------------------------------------------

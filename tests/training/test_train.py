@@ -164,8 +164,8 @@ def test_the_four_stages_make_weights_that_restore(trained):
     assert restored.std() > 1
 
 
-def test_a_decoder_can_learn_from_sampled_latents(trained, make_config):
-    config = make_config("pixel_decoder", decoder_latent="sampled", init_from=str(trained("dit")[1]))
+def test_a_decoder_can_learn_from_predicted_latents(trained, make_config):
+    config = make_config("pixel_decoder", decoder_noise=0.5, init_from=str(trained("dit")[1]))
     stage = STAGES["pixel_decoder"]
     assert set(stage.needs(config)) == {"statistics", "coarse_encoder", "fine_encoder", "fine_decoder", "dit"}
     _, groups = load_weights(config.init_from, stage.needs(config))
@@ -219,7 +219,7 @@ def replace_data(config, **changes):
         ({"stage": "dit"}, "stage dit needs init_from"),
         ({"stage": "pixel_decoder"}, "stage pixel_decoder needs init_from"),
         ({"output": ""}, "output is empty"),
-        ({"decoder_latent": "noisy"}, "decoder_latent 'noisy' is neither clean nor sampled"),
+        ({"decoder_noise": 1.5}, "decoder_noise 1.5 is not between 0 and 1"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(make_config, tmp_path, changes, message):

@@ -128,8 +128,8 @@ def check(config: TrainConfig) -> None:
             raise ValueError(
                 f"data.crop {config.data.crop} gives the losses {side} pixels; they need {smallest}"
             )
-    if config.decoder_latent not in ("clean", "sampled"):
-        raise ValueError(f"decoder_latent {config.decoder_latent!r} is neither clean nor sampled")
+    if not 0 <= config.decoder_noise <= 1:
+        raise ValueError(f"decoder_noise {config.decoder_noise} is not between 0 and 1")
     if STAGES[config.stage].needs(config) and not config.init_from:
         raise ValueError(f"stage {config.stage} needs init_from, the weights of the stage before it")
 

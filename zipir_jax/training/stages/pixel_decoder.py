@@ -1,17 +1,21 @@
 """Pixel-aware decoder stage: D_f* learns the clean image from a latent and the degraded image (paper section 3.1).
 
 E_f stays frozen, its trainable copy and all of D_f learn. The paper notes that this stage may follow the DiT's, since
-the latent space does not change; with `decoder_latent="sampled"` the decoder then sees what the DiT makes.
+the latent space does not change. The paper decodes the clean image's latent; with `decoder_noise` the decoder sees what
+the DiT predicts from a noisy one, and so learns how far it can trust the DiT.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 
-from zipir_jax.config import SamplingConfig
+from zipir_jax.diffusion.objective import add_noise, predict_clean
+from zipir_jax.diffusion.schedule import linear_schedule
+from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind, init_params
-from zipir_jax.models.lp_vae import encode
+from zipir_jax.models.lp_vae import encode, unwhiten, whiten
 from zipir_jax.models.pixel_decoder import PixelDecoder, from_lp_vae
-from zipir_jax.restorer import denoise_latent
 from zipir_jax.training.losses import image_gradients
 
 DEGRADED = True
@@ -19,7 +23,7 @@ DEGRADED = True
 
 def needs(config):
     lp_vae = ("statistics", "coarse_encoder", "fine_encoder", "fine_decoder")
-    return (*lp_vae, "dit") if config.decoder_latent == "sampled" else lp_vae
+    return (*lp_vae, "dit") if config.decoder_noise else lp_vae
 
 
 def start(config, key, pretrained, images):
@@ -28,12 +32,19 @@ def start(config, key, pretrained, images):
 
 
 def _latent(config, frozen, batch, key):
-    if config.decoder_latent == "clean":
-        return encode(frozen, config.model.lp_vae, batch["image"])
-    keys = jax.random.split(key, batch["lq"].shape[0])
-    sampling = SamplingConfig(steps=config.decoder_sampling_steps)
-    lq_latent = encode(frozen, config.model.lp_vae, batch["lq"])
-    return denoise_latent(frozen, config.model, sampling, lq_latent, keys)
+    """The clean image's latent, or the DiT's prediction of it at a random noise level."""
+    clean = encode(frozen, config.model.lp_vae, batch["image"])
+    if not config.decoder_noise:
+        return clean
+    schedule, statistics = linear_schedule(config.model.diffusion), frozen["statistics"]
+    lq = whiten(encode(frozen, config.model.lp_vae, batch["lq"]), statistics)
+    timestep_key, noise_key = jax.random.split(key)
+    bound = math.ceil(config.decoder_noise * config.model.diffusion.train_timesteps)
+    timesteps = jax.random.randint(timestep_key, (len(clean),), 0, bound)
+    eps = jax.random.normal(noise_key, clean.shape)
+    noisy = add_noise(whiten(clean, statistics), eps, timesteps, schedule)
+    predicted = bind(DiT, config.model.dit, frozen["dit"])(noisy, timesteps, lq)
+    return unwhiten(predict_clean(noisy, predicted, timesteps, schedule), statistics)
 
 
 def gradients(config, params, frozen, batch, key, adversarial):
