@@ -112,3 +112,14 @@ def random_params():
         return jax.tree_util.tree_map_with_path(leaf, abstract_params(module_class, config))
 
     return draw
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    """Programs compile several times faster and run slower: for tests that compile much and compute little."""
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -9,6 +9,8 @@ from zipir_jax.config import DiscriminatorConfig
 from zipir_jax.models.discriminator import PatchDiscriminator
 from zipir_jax.models.layers import abstract_params, bind
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(name="discriminate", scope="module")
 def make_discriminate(random_params):

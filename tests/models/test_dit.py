@@ -12,6 +12,7 @@ from zipir_jax.config import DiTConfig
 from zipir_jax.models.dit import Block, DiT, rotary_angles, rotate, timestep_embedding
 from zipir_jax.models.layers import abstract_params, bind, count_params, init_params
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 PLAIN = DiTConfig(
     layers=3, width=32, heads=2, mlp_ratio=2, text_width=0, latent_channels=8, compute_dtype="float32"
 )

@@ -15,11 +15,13 @@ from zipir_jax.models.layers import (
     bind,
     conv,
     count_params,
+    depth_to_space,
     init_params,
     space_to_depth,
 )
 from zipir_jax.models.lp_vae import Encoder
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIG = AutoencoderConfig(
     latent_channels=3,
     decoder_channels=4,
@@ -105,10 +107,19 @@ def test_downsample_adds_its_convolution_to_the_mean(image):
     np.testing.assert_allclose(layer(image), expected, atol=1e-6)
 
 
-def test_upsample_adds_its_convolution_to_the_enlarged_picture(image):
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_depth_to_space_is_the_inverse_of_space_to_depth(image, patch):
+    np.testing.assert_array_equal(depth_to_space(space_to_depth(image, patch), patch), image)
+
+
+def test_upsample_starts_bilinear_and_adds_what_it_unfolds(image):
     layer = Upsample(3, nnx.Rngs(0), dtype="float32")
     enlarged = bilinear_upsample(image)
-    np.testing.assert_allclose(layer(image), enlarged + layer.conv(enlarged), atol=1e-6)
+    np.testing.assert_array_equal(layer(image), enlarged)
+    layer.unfold.bias[...] = jnp.arange(12.0)
+    added = np.asarray(layer(image) - enlarged)
+    expected = np.tile(np.arange(12.0).reshape(2, 2, 3), (12, 20, 1))
+    np.testing.assert_allclose(added, np.broadcast_to(expected, added.shape), atol=1e-5)
 
 
 @pytest.fixture(name="params", scope="module")

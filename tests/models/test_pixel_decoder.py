@@ -7,6 +7,8 @@ from zipir_jax.models.layers import abstract_params, bind, init_params
 from zipir_jax.models.lp_vae import Decoder, Encoder
 from zipir_jax.models.pixel_decoder import PixelDecoder, from_lp_vae
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(name="config", scope="module")
 def make_config(tiny_model):

@@ -10,16 +10,21 @@ from PIL import Image
 
 from zipir_jax.config import DataConfig, DiscriminatorConfig, LossConfig, OptimizerConfig, TrainConfig
 
-CROPS = {"coarse": 160, "fine": 64, "dit": 64, "pixel_decoder": 64}  # pixels; LPIPS needs 31 / 4 of coarse's
+CROPS = {
+    "coarse": 128,
+    "fine": 64,
+    "dit": 64,
+    "pixel_decoder": 64,
+}  # pixels; coarse sees a quarter, LPIPS needs 31
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    """Six pictures of smooth noise, 176 x 192 pixels."""
+    """Six pictures of smooth noise, 144 x 160 pixels."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for index in range(6):
-        noise = cv2.GaussianBlur(rng.standard_normal((176, 192, 3)), (0, 0), 2.0 + index)
+        noise = cv2.GaussianBlur(rng.standard_normal((144, 160, 3)), (0, 0), 2.0 + index)
         pixels = 127.5 + 60 * noise / noise.std()
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"{index}.png")
     return folder

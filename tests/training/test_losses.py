@@ -19,6 +19,7 @@ from zipir_jax.training.losses import (
     random_windows,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 KEY = jax.random.key(7)
 LAST_LAYER = "head_conv"
 

@@ -10,6 +10,7 @@ from zipir_jax.config import LossConfig, OptimizerConfig, TrainConfig
 from zipir_jax.training import state as state_module
 from zipir_jax.training.state import create_state, train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 GENERATOR = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
 
 

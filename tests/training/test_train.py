@@ -16,16 +16,16 @@ from PIL import Image
 from zipir_jax.command_line import run
 from zipir_jax.config import SamplingConfig
 from zipir_jax.data.pipeline import batches
-from zipir_jax.metrics.fidelity import load_lpips
 from zipir_jax.models.lp_vae import encode, whiten
 from zipir_jax.restorer import Restorer
 from zipir_jax.train import main
-from zipir_jax.training import checkpoint
+from zipir_jax.training import checkpoint, loop, losses
 from zipir_jax.training.loop import train
 from zipir_jax.training.stages import STAGES
 from zipir_jax.training.state import create_state, train_step
 from zipir_jax.weights import load_weights, save_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 ORDER = ("coarse", "fine", "dit", "pixel_decoder")  # each starts from the weights of the one before
 MADE = {
     "coarse": {"statistics", "coarse_encoder", "coarse_decoder"},
@@ -36,6 +36,17 @@ MADE = {
 each_stage = pytest.mark.parametrize("stage", ORDER)
 
 
+@pytest.fixture(autouse=True)
+def stand_in_for_lpips(monkeypatch):
+    """A distance that compiles at once; tests/training/test_losses.py has the real one."""
+    stand_in = (
+        {"factor": jnp.ones(())},
+        lambda params, a, b: params["factor"] * jnp.square(a - b).mean((1, 2, 3)),
+    )
+    for module in (loop, losses):
+        monkeypatch.setattr(module, "load_lpips", lambda net: stand_in)
+
+
 @pytest.fixture(name="trained", scope="module")
 def make_trained(make_config, tmp_path_factory):
     """`trained(stage)`: config and weights of four steps straight after the stages before; all checkpoints kept."""
@@ -44,9 +55,8 @@ def make_trained(make_config, tmp_path_factory):
     @functools.cache
     def trained(stage):
         before = ORDER[ORDER.index(stage) - 1] if stage != "coarse" else None
-        config = make_config(
-            stage, output=str(folder / stage), init_from=str(trained(before)[1]) if before else ""
-        )
+        init_from = str(trained(before)[1]) if before else ""
+        config = make_config(stage, output=str(folder / stage), init_from=init_from)
         if stage == "coarse":  # its discriminator joins on the way
             config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, adversarial_start=1))
         with pytest.MonkeyPatch.context() as patch:
@@ -169,7 +179,7 @@ def test_a_decoder_can_learn_from_predicted_latents(trained, make_config):
     stage = STAGES["pixel_decoder"]
     assert set(stage.needs(config)) == {"statistics", "coarse_encoder", "fine_encoder", "fine_decoder", "dit"}
     _, groups = load_weights(config.init_from, stage.needs(config))
-    lpips = {"lpips": load_lpips("alexnet")[0]}
+    lpips = {"lpips": losses.load_lpips("alexnet")[0]}
     batch = {name: jnp.zeros((2, 64, 64, 3)) for name in ("image", "lq")}
 
     def step(key):
@@ -187,19 +197,19 @@ def test_the_loss_falls_on_one_batch(make_config):
     config = make_config("coarse", steps=40)
     config = dataclasses.replace(
         config,
-        optimizer=dataclasses.replace(config.optimizer, learning_rate=5e-3, warmup_steps=1),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=5e-3),
         loss=dataclasses.replace(config.loss, adversarial=0.0),
     )
     batch = next(batches(config.data, None, 0))
     generator, frozen = STAGES["coarse"].start(config, jax.random.key(0), {}, [batch["image"]])
     state = create_state(config, generator, jax.random.key(1))
-    frozen |= {"lpips": load_lpips("alexnet")[0]}
+    frozen |= {"lpips": losses.load_lpips("alexnet")[0]}
     step = jax.jit(functools.partial(train_step, config, False))
-    losses = []
+    values = []
     for _ in range(config.steps):
         state, metrics = step(state, frozen, batch)
-        losses.append(float(metrics["loss"]))
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
+        values.append(float(metrics["loss"]))
+    assert np.mean(values[-5:]) < 0.6 * np.mean(values[:3])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -232,7 +242,7 @@ def test_settings_that_contradict_each_other_are_refused(make_config, tmp_path, 
     ("changes", "message"),
     [
         ({"crop": 100}, "data.crop 100 is not a multiple of 32"),
-        ({"crop": 96}, "data.crop 96 leaves LPIPS 20 pixels; it needs 31"),
+        ({"crop": 96}, "data.crop 96 gives the losses 24 pixels; they need 31"),
         ({"folder": ""}, "data.folder is empty"),
         ({"folder": "/nowhere/at/all"}, "/nowhere/at/all: no such folder"),
         ({"crop": 224}, "holds no image .* with both sides of at least 224 pixels"),

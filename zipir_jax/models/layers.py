@@ -75,6 +75,13 @@ def space_to_depth(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2
     return x.reshape(b, h // patch, w // patch, patch * patch * c)
 
 
+def depth_to_space(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2 w2 c2"]:
+    """The inverse of `space_to_depth`."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, patch, patch, c // patch**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * patch, w * patch, c // patch**2)
+
+
 def bilinear_upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """Twice the height and width, pixel centres aligned, edges repeated; reaches one pixel, so it is local."""
     for axis in (1, 2):
@@ -136,11 +143,14 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Bilinear 2x, and a 3x3 convolution of it added: the mirror of `Downsample`."""
+    """Every pixel's channels unfolded into 2 x 2 pixels, added to the bilinear enlargement.
+
+    A convolution of an enlarged picture cannot unfold: where the latent is flat its result is flat, whatever the
+    channels say. The unfolding starts at zero, so that no grid is there to be unlearned.
+    """
 
     def __init__(self, channels, rngs, *, dtype):
-        self.conv = conv(channels, channels, rngs, dtype=dtype)
+        self.unfold = conv(channels, 4 * channels, rngs, dtype=dtype, kernel=1, zero=True)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        x = bilinear_upsample(x)
-        return x + self.conv(x)
+        return bilinear_upsample(x) + depth_to_space(self.unfold(x), 2)
