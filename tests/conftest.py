@@ -119,7 +119,7 @@ def quick_compile():
     """Programs compile several times faster and run slower: for tests that compile much and compute little."""
     import jax
 
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -146,11 +146,11 @@ class Upsample(nnx.Module):
     """Every pixel's channels unfolded into 2 x 2 pixels, added to the bilinear enlargement.
 
     A convolution of an enlarged picture cannot unfold: where the latent is flat its result is flat, whatever the
-    channels say. The unfolding starts at zero, so that no grid is there to be unlearned.
+    channels say.
     """
 
     def __init__(self, channels, rngs, *, dtype):
-        self.unfold = conv(channels, 4 * channels, rngs, dtype=dtype, kernel=1, zero=True)
+        self.unfold = conv(channels, 4 * channels, rngs, dtype=dtype, kernel=1)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         return bilinear_upsample(x) + depth_to_space(self.unfold(x), 2)

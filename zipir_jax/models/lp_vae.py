@@ -27,6 +27,7 @@ from zipir_jax.models.layers import (
 FACTOR = 32  # pixels per latent pixel
 COARSE_FACTOR = 4  # pixels per pixel of the image that E_c reads
 MACRO_CHANNELS = 3
+LOG_VARIANCE_START = -6.0  # of an untrained encoder: noise of unit variance would drown what it first learns
 
 
 class Encoder(nnx.Module):
@@ -68,7 +69,7 @@ class Encoder(nnx.Module):
         """Mean and log variance of the band's posterior, float32; log variance within [-30, 20]."""
         moments = self.head(nnx.swish(self.norm(self.features(image)[-1]))).astype(jnp.float32)
         mean, log_variance = jnp.split(moments, 2, -1)
-        return mean, jnp.clip(log_variance, -30.0, 20.0)
+        return mean, jnp.clip(log_variance + LOG_VARIANCE_START, -30.0, 20.0)
 
 
 class Decoder(nnx.Module):
