@@ -5,6 +5,7 @@ import functools
 import io
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -47,8 +48,9 @@ def parse(command: Callable | dict[str, Callable], arguments: list[str], **optio
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        lines = [line.strip(" │╭╮╰╯─") for line in printed.getvalue().splitlines()]
-        message = " ".join(line for line in lines if line).partition("For full helptext")[0]
+        # The box is drawn with these, or with "+", "|" and "-" where the terminal knows no others.
+        text = re.sub(r"^[╭╰│+|][─-]*|[─-]*[╮╯│+|]$|[─-]{3,}", "", printed.getvalue(), flags=re.MULTILINE)
+        message = " ".join(text.split()).partition("For full helptext")[0]
         raise ValueError(f"{message.strip()} (--help lists the options)") from None
 
 

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zipir_jax.config import DataConfig, DiscriminatorConfig, LossConfig, OptimizerConfig, TrainConfig
+from zipir_jax.config import (
+    AutoencoderConfig,
+    DataConfig,
+    DiscriminatorConfig,
+    LossConfig,
+    LPVAEConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 CROPS = {
     "coarse": 128,
@@ -30,14 +38,30 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
+def shallow_band(latent_channels, decoder_channels, patch):
+    """Two scales: a training step compiles the faster the fewer tensors there are."""
+    return AutoencoderConfig(
+        latent_channels=latent_channels,
+        decoder_channels=decoder_channels,
+        base_channels=8,
+        multipliers=(1, 1),
+        blocks_per_scale=1,
+        patch=patch,
+        pixel_channels=2,
+        compute_dtype="float32",
+    )
+
+
 @pytest.fixture(scope="session")
 def make_config(tiny_model, photos):
-    """`make_config(stage, **overrides)`: a TrainConfig of four steps on the tiny model."""
+    """`make_config(stage, **overrides)`: a TrainConfig of four steps on a model smaller than tiny."""
+    lp_vae = LPVAEConfig(coarse=shallow_band(9, 12, 4), fine=shallow_band(52, 64, 16))
+    model = dataclasses.replace(tiny_model, lp_vae=lp_vae)
 
     def make(stage, **overrides):
         config = TrainConfig(
             stage=stage,
-            model=tiny_model,
+            model=model,
             data=DataConfig(folder=str(photos), crop=CROPS[stage], batch_size=2, threads=2),
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
             loss=LossConfig(lpips_net="alexnet"),

@@ -57,8 +57,9 @@ def make_trained(make_config, tmp_path_factory):
         before = ORDER[ORDER.index(stage) - 1] if stage != "coarse" else None
         init_from = str(trained(before)[1]) if before else ""
         config = make_config(stage, output=str(folder / stage), init_from=init_from)
-        if stage == "coarse":  # its discriminator joins on the way
-            config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, adversarial_start=1))
+        # The discriminator joins the first stage on the way; the others compile faster without.
+        adversarial = {"adversarial_start": 1} if stage == "coarse" else {"adversarial": 0.0}
+        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **adversarial))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoint, "manager", lambda path: ocp.CheckpointManager(Path(path).absolute()))
             return config, train(config)
@@ -197,10 +198,16 @@ def test_the_loss_falls_on_one_batch(make_config):
     config = make_config("coarse", steps=40)
     config = dataclasses.replace(
         config,
-        optimizer=dataclasses.replace(config.optimizer, learning_rate=5e-3),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2),
         loss=dataclasses.replace(config.loss, adversarial=0.0),
     )
-    batch = next(batches(config.data, None, 0))
+    # What the bottleneck can hold: light that changes from side to side.
+    ramp = jnp.linspace(-0.8, 0.8, 128)
+    down, right = (
+        jnp.broadcast_to(ramp[:, None, None], (128, 128, 3)),
+        jnp.broadcast_to(ramp[:, None], (128, 128, 3)),
+    )
+    batch = {"image": jnp.stack([down, -right])}
     generator, frozen = STAGES["coarse"].start(config, jax.random.key(0), {}, [batch["image"]])
     state = create_state(config, generator, jax.random.key(1))
     frozen |= {"lpips": losses.load_lpips("alexnet")[0]}
@@ -209,7 +216,7 @@ def test_the_loss_falls_on_one_batch(make_config):
     for _ in range(config.steps):
         state, metrics = step(state, frozen, batch)
         values.append(float(metrics["loss"]))
-    assert np.mean(values[-5:]) < 0.6 * np.mean(values[:3])
+    assert np.mean(values[-5:]) < 0.4 * np.mean(values[:3])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -265,14 +272,14 @@ def test_an_existing_checkpoint_is_neither_overwritten_nor_mixed_with_another_co
     assert (weights / "model.safetensors").read_bytes() == before
 
 
-def test_weights_that_do_not_fit_are_refused(trained, make_config, tiny_model, tmp_path):
+def test_weights_that_do_not_fit_are_refused(trained, make_config, tmp_path):
     coarse = str(trained("coarse")[1])
     config = make_config("dit", output=str(tmp_path / "run"), init_from=coarse)
     with pytest.raises(ValueError, match="the weights have no fine_encoder"):
         train(config)
     with pytest.raises(ValueError, match="nowhere: no weights here"):
         train(dataclasses.replace(config, init_from=str(tmp_path / "nowhere")))
-    other = dataclasses.replace(tiny_model, dit=dataclasses.replace(tiny_model.dit, layers=3))
+    other = dataclasses.replace(config.model, dit=dataclasses.replace(config.model.dit, layers=3))
     save_weights(tmp_path / "other", other, load_weights(coarse, ())[1])
     config = make_config("fine", output=str(tmp_path / "run"), init_from=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="other: these weights are of another model than the config's"):
