@@ -116,10 +116,13 @@ def random_params():
 
 @pytest.fixture(scope="module")
 def quick_compile():
-    """Programs compile several times faster and run slower: for tests that compile much and compute little."""
+    """Programs compile several times faster, once each, and run slower: for tests that compile much, compute little."""
     import jax
 
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    quick, seconds = "jax_disable_most_optimizations", "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.read(quick), jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update(quick, True)
+    jax.config.update(seconds, 0.0)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update(quick, before[0])
+    jax.config.update(seconds, before[1])
