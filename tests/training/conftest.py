@@ -75,3 +75,13 @@ def make_config(tiny_model, photos):
         return dataclasses.replace(config, **overrides)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def quick_lpips():
+    """A distance that compiles at once in place of LPIPS; tests/training/test_coarse.py trains with the real one."""
+    stand_in = {"factor": 1.5}, lambda params, a, b: params["factor"] * ((a - b) ** 2).mean((1, 2, 3))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("loop", "losses"):
+            patch.setattr(f"zipir_jax.training.{module}.load_lpips", lambda net: stand_in)
+        yield

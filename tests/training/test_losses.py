@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from zipir_jax.metrics.fidelity import load_lpips
 from zipir_jax.models.discriminator import PatchDiscriminator
 from zipir_jax.models.layers import bind
 from zipir_jax.models.lp_vae import Decoder
+from zipir_jax.training import losses
 from zipir_jax.training.losses import (
     image_gradients,
     kl_divergence,
@@ -19,7 +19,7 @@ from zipir_jax.training.losses import (
     random_windows,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "quick_lpips")
 KEY = jax.random.key(7)
 LAST_LAYER = "head_conv"
 
@@ -70,7 +70,7 @@ def test_the_lpips_network_follows_the_backend_only_where_it_is_left_open():
 
 
 @pytest.fixture(name="case", scope="module")
-def make_case(make_config, random_params):
+def make_case(make_config, random_params, quick_lpips):
     """A decoder that makes an image from a fixed latent, and a KL that depends on one of its tensors."""
     config = make_config("fine")
     config = dataclasses.replace(
@@ -82,7 +82,7 @@ def make_case(make_config, random_params):
     }
     latent = jax.random.normal(jax.random.key(0), (2, 2, 2, 64))
     target = jax.random.uniform(jax.random.key(1), (2, 64, 64, 3), minval=-1.0)
-    lpips_params, distance = load_lpips("alexnet")
+    lpips_params, distance = losses.load_lpips("alexnet")
 
     def decoder(generator):
         return bind(Decoder, config.model.lp_vae.fine, generator)
