@@ -48,6 +48,7 @@ def tiny_band(latent_channels, decoder_channels, scales, patch):
 PLAIN = LPVAEConfig(coarse=tiny_band(9, 12, 4, 1), fine=tiny_band(52, 64, 6, 1))
 PATCHED = LPVAEConfig(coarse=tiny_band(9, 12, 3, 2), fine=tiny_band(52, 64, 4, 4))
 BOTH = pytest.mark.parametrize("config", [PLAIN, PATCHED], ids=["plain", "patched"])
+BOTH_SIDES = pytest.mark.parametrize(("config", "axis"), [(PLAIN, 2), (PATCHED, 1)], ids=["plain", "patched"])
 
 
 @pytest.fixture(name="make_params", scope="module")
@@ -280,8 +281,7 @@ def test_half_precision_stays_inside_the_networks(make_params):
 # --------------------------------------------------------------------------------------------------
 
 
-@BOTH
-@pytest.mark.parametrize("axis", [1, 2], ids=["height", "width"])
+@BOTH_SIDES
 def test_a_latent_sees_exactly_its_receptive_field(config, axis, make_params):
     low, high = lp_vae_reads(config, 0, 0)
     latents = 2 * (-low // 32 + 1) + 1
@@ -298,8 +298,7 @@ def test_a_latent_sees_exactly_its_receptive_field(config, axis, make_params):
     assert touched(gradient(make_params(config), image), axis) == (low, high)
 
 
-@BOTH
-@pytest.mark.parametrize("axis", [1, 2], ids=["height", "width"])
+@BOTH_SIDES
 def test_a_pixel_sees_exactly_its_receptive_field_of_latents(config, axis, make_params):
     latents, pixel = 25, 32 * 12 + 13
     low, high = decoder_reads(config.fine, pixel, pixel)
