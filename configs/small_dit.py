@@ -16,9 +16,9 @@ def config() -> TrainConfig:
         optimizer=OptimizerConfig(
             learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=100, weight_decay=0.01, beta2=0.99
         ),
-        noise_draws=4,
-        steps=2000,
+        noise_draws=2,
+        steps=900,
         ema_decay=0.998,
         checkpoint_minutes=3.0,
-        sample_every=500,
+        sample_every=300,
     )

@@ -18,7 +18,7 @@ def config() -> TrainConfig:
         ),
         loss=LossConfig(lpips=0.3, lpips_net="vgg16", lpips_crop=48, adversarial=0.0),
         discriminator=DiscriminatorConfig(base_channels=32, compute_dtype="float32"),
-        steps=3500,
+        steps=2000,
         ema_decay=0.998,
         checkpoint_minutes=3.0,
         sample_every=500,

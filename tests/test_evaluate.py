@@ -7,9 +7,9 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from zipir_jax import evaluate
 from zipir_jax.config import TASKS
-from zipir_jax.data import degrade
+from zipir_jax.data.degrade import apply_task
 from zipir_jax.data.preview import GAP, LABEL_HEIGHT
-from zipir_jax.imageio import read_image, to_float, to_uint8, write_image
+from zipir_jax.imageio import read_image, resize, to_float, to_uint8, write_image
 from zipir_jax.restorer import Restorer
 
 
@@ -58,10 +58,8 @@ def test_scores_a_folder(photographs, tiny_weights, tmp_path, call):
         assert list(result["means"]) == contestants
         for index, picture in enumerate(result["pictures"]):
             original = evaluate.read_original(photographs / picture["picture"])
-            lq = to_uint8(
-                degrade.apply_task(to_float(original), TASKS[task], np.random.default_rng((3, index)))
-            )
-            enlarged = to_uint8(degrade.resize(to_float(lq), 64, 64))
+            lq = to_uint8(apply_task(to_float(original), TASKS[task], np.random.default_rng((3, index))))
+            enlarged = to_uint8(resize(to_float(lq), 64, 64))
             without = restorer.restore(lq, size=(64, 64), denoise=False)
             # What the user finds on disk is what was scored.
             restored = to_uint8(

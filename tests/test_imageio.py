@@ -1,12 +1,28 @@
 import os
 import stat
+import threading
 
+import jax
 import numpy as np
 import pytest
+import skimage.data
 from PIL import Image
 
 from zipir_jax import imageio
-from zipir_jax.imageio import distinct_names, list_images, read_image, to_float, to_uint8, write_image
+from zipir_jax.imageio import (
+    check_dtype_and_shape,
+    check_writable,
+    distinct_names,
+    list_images,
+    read_image,
+    read_image_uint8,
+    resize,
+    resize_unclipped,
+    stored_size,
+    to_float,
+    to_uint8,
+    write_image,
+)
 
 ORIENTATION = 0x0112  # EXIF tag
 # How a camera stores an upright picture [h, w, 3] under each EXIF orientation.
@@ -68,6 +84,23 @@ def test_bytes_and_floats_give_the_same_file(smooth, tmp_path):
     write_image(tmp_path / "bytes.png", smooth)
     write_image(tmp_path / "floats.png", to_float(smooth))
     assert (tmp_path / "bytes.png").read_bytes() == (tmp_path / "floats.png").read_bytes()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "I;16"])
+def test_both_readers_read_the_same(smooth, tmp_path, mode):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    image = (
+        Image.fromarray(smooth).convert(mode)
+        if mode != "I;16"
+        else Image.fromarray(257 * smooth[..., 0].astype(np.uint16))
+    )
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    image.save(path, exif=exif)
+    assert stored_size(path) == (24, 40)
+    read = read_image_uint8(path)
+    assert read.shape == (40, 24, 3)  # turned upright
+    np.testing.assert_array_equal(read, to_uint8(read_image(path)))
 
 
 @pytest.mark.parametrize("orientation", STORED)
@@ -138,16 +171,111 @@ def test_bad_inputs_are_named(smooth, tmp_path):
         "truncated.jpg": "damaged",
         "truncated.png": "damaged",
     }.items():
-        with pytest.raises(ValueError, match=reason) as raised:
-            read_image(tmp_path / name)
-        assert str(raised.value).startswith(f"{tmp_path / name}: ")
+        readers = [read_image, read_image_uint8]
+        if reason != "damaged":
+            readers.append(stored_size)
+        for read in readers:
+            with pytest.raises(ValueError, match=reason) as raised:
+                read(tmp_path / name)
+            assert str(raised.value).startswith(f"{tmp_path / name}: ")
 
 
-def test_a_picture_beyond_pillows_limit_is_refused(smooth, tmp_path, monkeypatch):
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_our_limit_takes_the_place_of_pillows_while_a_picture_is_read(smooth, tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(smooth).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # 960 pixels are an error for Pillow
+    assert read_image(path).shape == (24, 40, 3)
+    monkeypatch.setattr(imageio, "LARGEST_PIXELS", 960)
+    assert read_image(path).shape == (24, 40, 3)
+    assert Image.MAX_IMAGE_PIXELS == 100
+    monkeypatch.setattr(imageio, "LARGEST_PIXELS", 959)
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ValueError) as raised:
+        read_image(path)
+    assert str(raised.value) == f"{path}: more than 959 pixels, the most that is read (40 x 24 pixels)"
+    monkeypatch.setattr(imageio, "LARGEST_PIXELS", 400)  # less than half: Pillow itself refuses
+    for read in (read_image, stored_size):
+        with pytest.raises(
+            ValueError, match=r"a\.\w+: more than 400 pixels, the most that is read \(.*960 pixels"
+        ):
+            read(path)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_the_largest_picture_that_can_be_read_is_as_large_as_a_result():
+    assert imageio.LARGEST_PIXELS == 16384**2
+    assert imageio.LARGEST_PIXELS > 2 * Image.MAX_IMAGE_PIXELS  # which Pillow refuses
+
+
+def test_threads_share_the_limit(smooth, tmp_path, monkeypatch):
+    """One that is done early does not take the limit from one that is still reading."""
     write_image(tmp_path / "a.png", smooth)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"a\.png: .*960 pixels"):
+    opened, go_on = threading.Event(), threading.Event()
+
+    def slow():
+        with imageio._opened(tmp_path / "a.png"):
+            opened.set()
+            go_on.wait(60)
+
+    thread = threading.Thread(target=slow)
+    thread.start()
+    assert opened.wait(60)
+    read_image(tmp_path / "a.png")
+    assert Image.MAX_IMAGE_PIXELS == imageio.LARGEST_PIXELS
+    go_on.set()
+    thread.join()
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_a_picture_that_does_not_fit_into_memory_is_named(smooth, tmp_path, monkeypatch):
+    def full(*args):
+        raise MemoryError
+
+    write_image(tmp_path / "a.png", smooth)
+    monkeypatch.setattr(Image.Image, "convert", full)
+    with pytest.raises(ValueError, match=r"a\.png: the image does not fit into memory"):
         read_image(tmp_path / "a.png")
+
+
+# --------------------------------------------------------------------------------------------------
+# Resize
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(64, 64), (37, 91), (300, 200), (1000, 700)])
+def test_resize_equals_jax_cubic(size):
+    image = to_float(skimage.data.astronaut()[:256, :230])
+    expected = jax.image.resize(image, (*size, 3), "cubic", antialias=True)
+    np.testing.assert_allclose(resize_unclipped(image, *size), expected, atol=1e-4)
+    np.testing.assert_allclose(resize(image, *size), np.clip(expected, -1, 1), atol=1e-4)
+
+
+def test_resize_clips_the_overshoot_at_an_edge():
+    edge = np.where(np.arange(16)[None, :, None] < 8, -1, 1) * np.ones((4, 1, 3))
+    edge = edge.astype(np.float32)
+    assert np.abs(resize_unclipped(edge, 4, 64)).max() > 1.05
+    assert np.abs(resize(edge, 4, 64)).max() == 1
+
+
+def test_resize_does_not_alias():
+    """Stripes of one pixel vanish into their mean when the image is halved three times."""
+    stripes = np.where(np.arange(256)[None, :, None] % 2 == 0, 1, -1) * np.ones((256, 1, 3))
+    small = resize(stripes.astype(np.float32), 32, 32)
+    assert np.abs(small).max() < 0.05
+
+
+def test_resize_names_a_wrong_argument():
+    with pytest.raises(ValueError, match="0 x 64"):
+        resize(np.zeros((64, 64, 3), np.float32), 0, 64)
+    for image, message in [
+        (np.zeros((64, 64, 3), np.uint8), "not uint8"),
+        ([0.0], "not list"),
+        (np.zeros((64, 64), np.float32), r"\(64, 64\) instead of \(height, width, 3\)"),
+        (np.zeros((64, 64, 4), np.float32), r"\(64, 64, 4\) instead"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_dtype_and_shape(image)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -181,6 +309,25 @@ def test_unwritable_folder_is_named(smooth, tmp_path):
         with pytest.raises(ValueError, match="cannot be written to") as raised:
             write_image(tmp_path / folder / "a.png", smooth)
         assert str(tmp_path / folder) in str(raised.value)
+
+
+def test_a_folder_is_found_unwritable_without_being_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "astray").symlink_to(tmp_path / "nowhere")
+    check_writable(tmp_path)
+    check_writable(tmp_path / "new" / "folders")
+    monkeypatch.chdir(tmp_path)
+    check_writable(imageio.Path("relative"))
+    for folder, blocker in [("file", "file"), ("file/below", "file"), ("astray/below", "astray")]:
+        with pytest.raises(ValueError) as raised:
+            check_writable(tmp_path / folder)
+        assert str(raised.value) == (
+            f"{tmp_path / folder}: cannot be written to ({tmp_path / blocker} is not a folder)"
+        )
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ValueError, match=r"new: cannot be written to \(no permission to write in .*\)"):
+        check_writable(tmp_path / "new")
+    assert sorted(os.listdir(tmp_path)) == ["astray", "file"]
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a", "a.png.txt"])

@@ -1,8 +1,10 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -11,21 +13,21 @@ import skimage.data
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from zipir_jax import restorer as restorer_module
 from zipir_jax import sample
 from zipir_jax.config import MODELS, SamplingConfig
 from zipir_jax.imageio import read_image, to_float, to_uint8, write_image
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import abstract_params
-from zipir_jax.restorer import Restorer, check_image, pad_by_reflection, target_size
+from zipir_jax.restorer import PHASES, Restorer, check_image, pad_by_reflection, target_size
 from zipir_jax.weights import save_weights
 
 FAST = SamplingConfig(steps=2)
-PHASES = ["encode", "denoise", "decode"]
 
 
 @pytest.fixture(scope="module")
 def restorer(tiny_weights):
-    return Restorer.load(str(tiny_weights))
+    return Restorer.load(tiny_weights)
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,27 @@ def test_each_file_of_a_folder_is_restored_as_if_alone(photo, photograph, restor
     assert (tmp_path / "out" / "photo.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
 
 
+def test_the_bar_moves_when_a_phase_is_done(photograph, restore, tmp_path, monkeypatch):
+    seen = []
+
+    class Bar(sample.tqdm):
+        def set_postfix_str(self, phase):
+            seen.append((self.n, phase))
+
+        def close(self):
+            if not self.disable:
+                seen.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(sample, "tqdm", Bar)
+    for name in ("a.png", "c.png"):
+        write_image(tmp_path / "in" / name, photograph)
+    (tmp_path / "in" / "b.png").write_text("no picture")
+    assert restore("--input", tmp_path / "in", "--output", tmp_path / "out", "--scale", "1")[0] == 1
+    first = [(0, "encode"), (1, "denoise"), (2, "decode")]
+    assert seen[:7] == [*first, *((n + 6, phase) for n, phase in first), (9, 9)]
+
+
 def test_an_existing_output_is_kept_unless_told(photo, restore, tmp_path):
     output = tmp_path / "out.png"
     output.write_bytes(b"precious")
@@ -216,15 +239,47 @@ def test_impossible_files(photo, call, tmp_path, tiny_weights):
         assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
+def test_impossible_outputs_are_found_before_jax_is_imported(photo, call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zipir_jax.restorer", None)  # importing it fails
+    before = photo.read_bytes()
+    (tmp_path / "old.png").write_bytes(b"precious")
+    (tmp_path / "link.png").hardlink_to(photo)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.jpg", "a.png", "a.jpg.png"):  # in place, a.jpg would become a.jpg.png
+        write_image(folder / name, read_image(photo))
+    for source, output, options, message in [
+        (photo, tmp_path / "old.png", [], "old.png: exists already; use --overwrite to replace it"),
+        (photo, photo, [], "photo.png: the output would replace an input"),
+        (photo, photo, ["--overwrite"], "photo.png: the output would replace an input"),
+        (photo, tmp_path, ["--overwrite"], "photo.png: the output would replace an input"),
+        (photo, tmp_path / "link.png", ["--overwrite"], "link.png: the output would replace an input"),
+        (folder, folder, ["--overwrite"], "a.jpg.png: the output would replace an input"),
+        (photo, photo / "below" / "out.png", [], f"{photo / 'below'}: cannot be written to"),
+        (folder, photo / "below", [], f"{photo / 'below'}: cannot be written to"),
+    ]:
+        status, out, err = call(sample.main, "--input", source, "--output", output, *options)
+        assert status == 2 and out == ""
+        assert err.startswith("error: ") and message in err and err.count("\n") == 1, err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    status, _, err = call(sample.main, "--input", photo, "--output", tmp_path / "new" / "deep" / "out.png")
+    assert status == 2 and f"{tmp_path / 'new' / 'deep'}: cannot be written to" in err
+    assert not (tmp_path / "new").exists()
+    assert photo.read_bytes() == before and (tmp_path / "old.png").read_bytes() == b"precious"
+
+
+def test_a_folder_may_be_restored_into_itself_where_no_name_collides(photograph, restore, tmp_path):
+    write_image(tmp_path / "in" / "a.jpg", photograph)
+    assert restore("--input", tmp_path / "in", "--output", tmp_path / "in", "--scale", "1")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["a.jpg", "a.png"]
+
+
 def test_impossible_pictures(photo, restore, tmp_path):
     """Found when the file is read or written: the last line, below the progress bar."""
     (tmp_path / "text.png").write_text("no picture")
     status, out, err = restore("--input", tmp_path / "text.png", "--output", tmp_path / "out.png")
     assert status == 2 and out == ""
     assert err == f"error: {tmp_path / 'text.png'}: not an image that can be read"
-    status, out, err = restore("--input", photo, "--output", photo / "below" / "out.png", "--scale", "1")
-    assert status == 2 and out == ""
-    assert err.startswith(f"error: {photo / 'below'}: cannot be written to")
     status, out, err = restore("--input", photo, "--output", tmp_path / "out.png", "--scale", "600")
     assert status == 2 and err == "error: 18000 x 14400 pixels: a side must lie within 1 to 16384"
 
@@ -273,6 +328,7 @@ def test_impossible_weights(photo, restore, tiny_weights, tmp_path):
         (["--steps", "1001"], "1001 sampling steps are not between 1 and 1000"),
         (["--spacing", "even"], "spacing 'even' is neither trailing nor leading"),
         (["--eta", "1.5"], "eta 1.5 is not between 0 and 1"),
+        (["--guidance", "5"], "guidance 5 has no effect on weights that were trained without text"),
         (["--stepps", "3"], "Unrecognized options: --stepps"),
     ],
 )
@@ -291,7 +347,7 @@ def test_dtype_in_is_dtype_out(restorer, photograph):
     phases = []
     as_bytes = restorer.restore(photograph, scale=1, sampling=FAST, progress=phases.append)
     as_floats = restorer.restore(to_float(photograph), scale=1, sampling=FAST)
-    assert phases == PHASES
+    assert tuple(phases) == PHASES == ("encode", "denoise", "decode")
     assert as_bytes.dtype == np.uint8 and as_floats.dtype == np.float32
     assert as_bytes.shape == as_floats.shape == photograph.shape
     assert np.abs(as_floats).max() <= 1
@@ -341,6 +397,73 @@ def test_the_padding_does_not_reach_the_result(restorer, photograph):
     np.testing.assert_array_equal(whole[:24, :30], cropped)
 
 
+def out_of_memory():
+    return jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 68719476736 bytes.")
+
+
+@pytest.mark.parametrize("step", ["resize", "_encode", "_denoise", "_decode"])
+@pytest.mark.parametrize("error", [MemoryError("numpy"), out_of_memory()], ids=["numpy", "jax"])
+def test_too_little_memory_is_one_sentence(restorer, photograph, monkeypatch, step, error):
+    for name in ("resize", "_encode", "_denoise", "_decode"):
+        monkeypatch.setattr(restorer_module, name, lambda *args: np.zeros((24, 30, 3), np.float32))
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(restorer_module, step, fail)
+    with pytest.raises(ValueError) as raised:
+        restorer.restore(photograph, scale=2, sampling=FAST)
+    assert str(raised.value) == (
+        "60 x 48 pixels need more memory than there is; choose a smaller scale or size"
+    )
+    assert raised.value.__cause__ is error
+
+
+def test_other_errors_of_jax_are_not_taken_for_memory(restorer, photograph, monkeypatch):
+    def fail(*args):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a defect")
+
+    monkeypatch.setattr(restorer_module, "_encode", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        restorer.restore(photograph, scale=1, sampling=FAST)
+
+
+def test_a_folder_goes_on_after_a_picture_too_large_for_the_memory(
+    photograph, call, tiny_weights, tmp_path, monkeypatch
+):
+    decode = restorer_module._decode
+
+    def fail_if_tall(config, weights, latent, lq):
+        if lq.shape[1] > lq.shape[2]:
+            raise out_of_memory()
+        return decode(config, weights, latent, lq)
+
+    monkeypatch.setattr(restorer_module, "_decode", fail_if_tall)
+    write_image(tmp_path / "in" / "a.png", np.tile(photograph, (2, 1, 1)))
+    write_image(tmp_path / "in" / "b.png", photograph)
+    status, out, err = call(
+        sample.main,
+        *("--input", tmp_path / "in", "--output", tmp_path / "out", "--scale", 1),
+        *("--weights", tiny_weights, "--steps", 2),
+    )
+    assert (status, out) == (1, "restored 1, skipped 1\n")
+    assert "skipped: 30 x 48 pixels need more memory than there is" in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
+
+
+def test_a_guidance_without_effect_is_refused(restorer, photograph):
+    guided = dataclasses.replace(FAST, guidance=5.0)
+    with pytest.raises(ValueError, match=r"guidance 5 has no effect on weights .* without text"):
+        restorer.restore(photograph, scale=1, sampling=guided)
+    restorer.restore(photograph, scale=1, sampling=guided, denoise=False)  # no sampling at all
+
+
+def test_restorers_do_not_compare_their_arrays(restorer):
+    assert restorer == restorer
+    assert restorer != dataclasses.replace(restorer)
+    assert len({restorer, dataclasses.replace(restorer)}) == 2
+
+
 def test_weights_without_text_take_no_prompt(restorer, photograph):
     for name in ("text", "negative_text"):
         with pytest.raises(ValueError, match="trained without text"):
@@ -362,6 +485,9 @@ def test_weights_with_text_need_it_and_read_it(restorer, photograph):
         restorer.restore(picture, scale=1, negative_text=words)
     with pytest.raises(ValueError, match=r"text embeddings have shape \(3, 4\), not \[length, 8\]"):
         restorer.restore(picture, scale=1, text=words[:, :4])
+
+    with pytest.raises(ValueError, match="guidance 0 has no effect without a negative text"):
+        restorer.restore(picture, scale=1, sampling=dataclasses.replace(FAST, guidance=0.0), text=words)
 
     first, second = (
         restorer.restore(picture, scale=1, sampling=FAST, text=text[:2]) for text in (words, others)

@@ -50,6 +50,21 @@ def _check_probability(name, value):
         raise ValueError(f"{name} {value} is not between 0 and 1.")
 
 
+def _check_decay(name, value):
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} {value} is not at least 0 and below 1.")
+
+
+def _check_at_least(name, value, lowest):
+    if not value >= lowest:  # so put, NaN is refused as well
+        raise ValueError(f"{name} {value} is not at least {lowest}.")
+
+
+def _check_positive(name, value):
+    if not value > 0:
+        raise ValueError(f"{name} {value} is not above 0.")
+
+
 @dataclasses.dataclass(frozen=True)
 class BlurKernels:
     """Probability of each family of blur kernels, given that the blur is not a sinc filter.
@@ -185,6 +200,11 @@ class DiffusionConfig:
     beta_end: float = 0.012  # betas are linear between the two
     logit_normal_mean: float = 0.0  # of logit(t / T) when timesteps are drawn for training
     logit_normal_std: float = 1.0
+    prediction: str = "eps"  # what the DiT predicts: eps (paper) or v, see diffusion/objective.py
+
+    def __post_init__(self):
+        if self.prediction not in ("eps", "v"):
+            raise ValueError(f"prediction {self.prediction!r} is neither eps nor v")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,6 +222,9 @@ class AutoencoderConfig:
     multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of base_channels, one per scale, highest resolution first
     blocks_per_scale: int = 2
     patch: int = 1  # pixels; the image is folded into patches before the first scale (1 in the paper)
+    # Upsampling also unfolds the channels of a pixel into 2 x 2 pixels: learns far sooner, but sub-pixels have weights
+    # of their own, a risk of grids at full resolution. Off: bilinear enlargement and a 3x3 convolution alone.
+    unfold: bool = False
     pixel_channels: int = 12  # of the decoder at full resolution, twice as many at half; only where patch > 1
     compute_dtype: str = "bfloat16"
 
@@ -286,6 +309,7 @@ MODELS = {
                 base_channels=24,
                 multipliers=(1, 2, 3),
                 patch=2,
+                unfold=True,
                 compute_dtype="float32",
             ),
             fine=AutoencoderConfig(
@@ -294,10 +318,13 @@ MODELS = {
                 base_channels=16,
                 multipliers=(3, 4, 6, 6),
                 patch=4,
+                unfold=True,
                 compute_dtype="float32",
             ),
         ),
         dit=DiTConfig(layers=5, width=128, heads=4, text_width=0, compute_dtype="float32"),
+        # After a few hundred steps, predicting eps leaves no more than a noise of colours at the start of sampling.
+        diffusion=DiffusionConfig(prediction="v"),
     ),
 }
 
@@ -312,8 +339,12 @@ class DiscriminatorConfig:
     """Patch discriminator (Isola et al. 2017)."""
 
     base_channels: int = 64
-    layers: int = 3  # of stride 2, the last of stride 1 apart
+    layers: int = 3  # convolutions of stride 2; two of stride 1 follow. 3 judges patches of 70 x 70 pixels
     compute_dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        _check_at_least("base_channels", self.base_channels, 1)
+        _check_at_least("layers", self.layers, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,8 +356,15 @@ class DataConfig:
     batch_size: int = 160  # images
     zoom: tuple[float, float] = (0.5, 1.0)  # each crop is a region of crop / zoom pixels, shrunk to crop
     rotate: bool = False  # by multiples of 90 degrees; horizontal flips are always on
-    threads: int = 4  # that read and degrade
+    threads: int = 4  # that read and degrade; 0 = the training loop itself does it
     cache_gib: float = 0.0  # memory for decoded images, so that each is decoded once
+
+    def __post_init__(self):
+        _check_at_least("crop", self.crop, 1)
+        _check_at_least("batch_size", self.batch_size, 1)
+        _check_range("zoom", self.zoom, 0.01, 1)
+        _check_at_least("threads", self.threads, 0)
+        _check_at_least("cache_gib", self.cache_gib, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,10 +374,19 @@ class OptimizerConfig:
     learning_rate: float = 5e-5
     final_learning_rate: float = 5e-6
     warmup_steps: int = 1000
-    weight_decay: float = 0.05  # of matrices and kernels; vectors are exempt
+    weight_decay: float = 0.05  # of kernels; biases and norm scales are exempt
     beta1: float = 0.9
     beta2: float = 0.95
     clip_norm: float = 1.0  # global norm of the gradient
+
+    def __post_init__(self):
+        _check_positive("learning_rate", self.learning_rate)
+        _check_at_least("final_learning_rate", self.final_learning_rate, 0)
+        _check_at_least("warmup_steps", self.warmup_steps, 0)
+        _check_at_least("weight_decay", self.weight_decay, 0)
+        _check_decay("beta1", self.beta1)
+        _check_decay("beta2", self.beta2)
+        _check_positive("clip_norm", self.clip_norm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,13 +396,20 @@ class LossConfig:
     l1: float = 1.0  # mean absolute error on [-1, 1]
     lpips: float = 1.0
     lpips_net: str = "auto"  # alexnet | vgg16 | auto: alexnet on CPU, vgg16 elsewhere
-    lpips_crop: int = (
-        0  # pixels, side of the random window of each image that LPIPS sees; 0 = the whole image
-    )
+    lpips_crop: int = 0  # pixels, side of the random window of each image that LPIPS sees; 0 = whole image
     kl: float = 1e-6  # sum over latent values / number of image values
     adversarial: float = 0.5  # times the adaptive weight of Esser et al. 2021, eq. 7
     adversarial_start: int = 0  # step
     discriminator_learning_rate: float = 5e-5
+
+    def __post_init__(self):
+        for name in ("l1", "lpips", "kl", "adversarial"):
+            _check_at_least(f"loss weight {name}", getattr(self, name), 0)
+        if self.lpips_net not in ("alexnet", "vgg16", "auto"):
+            raise ValueError(f"lpips_net {self.lpips_net!r} is not one of alexnet, vgg16, auto.")
+        _check_at_least("lpips_crop", self.lpips_crop, 0)
+        _check_at_least("adversarial_start", self.adversarial_start, 0)
+        _check_positive("discriminator_learning_rate", self.discriminator_learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,6 +435,16 @@ class TrainConfig:
     # pixel_decoder: the latent that it learns to decode. 0 is the paper's, of the clean image; above, it is the DiT's
     # prediction of that latent at a noise level (timestep / train_timesteps) drawn uniformly between 0 and this.
     decoder_noise: float = 0.0
+
+    def __post_init__(self):
+        _check_at_least("steps", self.steps, 1)
+        _check_at_least("seed", self.seed, 0)
+        _check_decay("ema_decay", self.ema_decay)
+        _check_at_least("checkpoint_minutes", self.checkpoint_minutes, 0)
+        _check_at_least("sample_every", self.sample_every, 1)
+        _check_at_least("statistics_images", self.statistics_images, 1)
+        _check_at_least("noise_draws", self.noise_draws, 1)
+        _check_probability("decoder_noise", self.decoder_noise)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,9 +18,18 @@ from tqdm import tqdm
 
 from zipir_jax.command_line import cache_compiled_programs, machine, parse, run
 from zipir_jax.config import TASKS, SamplingConfig
-from zipir_jax.data.degrade import MINIMUM_SIDE, apply_task, resize
+from zipir_jax.data.degrade import MINIMUM_SIDE, apply_task
 from zipir_jax.data.preview import side_by_side
-from zipir_jax.imageio import distinct_names, list_images, read_image, to_float, to_uint8, write_image
+from zipir_jax.imageio import (
+    check_writable,
+    distinct_names,
+    list_images,
+    read_image_uint8,
+    resize,
+    to_float,
+    to_uint8,
+    write_image,
+)
 
 # Part of scikit-image's wheel: nothing is downloaded.
 PHOTOS = {
@@ -33,7 +42,8 @@ PHOTOS = {
 CROP_MULTIPLE = 16  # pixels; a multiple of every task's downscale, so that all tasks see the same original
 NOTES = (
     f"Originals cropped to multiples of {CROP_MULTIPLE} pixels; 8-bit results. PSNR: mean ± standard deviation over "
-    "pictures; ratios: of means; s: wall time without compiling."
+    "pictures; ratios: of means; s: wall time of a picture whose size has been "
+    "seen before, without compiling."
 )
 
 
@@ -63,24 +73,25 @@ def evaluate(
     """
     tasks = parse_tasks(task)
     paths = find_photographs(hq, photo, limit)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after an hour's work
+    for folder in (output and output.parent, pictures):  # an error now, not after an hour's work
+        if folder is not None:
+            check_writable(folder)
     # Importing jax takes seconds; bad arguments should not wait for it.
-    from zipir_jax.metrics.scoring import BASELINE, Contest, Reference, describe, summarise, table
-    from zipir_jax.restorer import Restorer
+    from zipir_jax.metrics.scoring import BASELINE, Reference, describe, run_methods, summarise, table
+    from zipir_jax.restorer import Restorer, check_sampling
 
     cache_compiled_programs()
-    restore = functools.partial(Restorer.load(weights).restore, sampling=sampling, seed=seed)
+    restorer = Restorer.load(weights)
+    check_sampling(restorer.config, sampling)
+    restore = functools.partial(restorer.restore, sampling=sampling, seed=seed)
     ours = f"zipir_jax, {sampling.steps} steps"
-    contest = Contest(
-        {
-            BASELINE: bicubic,
-            "D_f* without diffusion": lambda lq, size: restore(lq, size=size, denoise=False),
-            ours: lambda lq, size: restore(lq, size=size),
-        }
-    )
+    methods = {
+        BASELINE: bicubic,
+        "D_f* without diffusion": lambda lq, size: restore(lq, size=size, denoise=False),
+        ours: lambda lq, size: restore(lq, size=size),
+    }
     results = {name: [] for name in tasks}
-    written = []
+    written, warm = [], set()
     with tqdm(total=len(paths) * len(tasks), unit="picture", dynamic_ncols=True) as bar:
         for index, (path, stem) in enumerate(zip(paths, distinct_names(paths), strict=True)):
             original = read_original(path)
@@ -88,11 +99,11 @@ def evaluate(
             for name in tasks:
                 bar.set_postfix_str(f"{path.name}, {name}")
                 lq = apply_task(to_float(original), TASKS[name], np.random.default_rng((seed, index)))
-                restored, seconds = contest.run(to_uint8(lq), original.shape[:2])
-                scores = {who: reference.score(restored[who]) | {"seconds": seconds[who]} for who in restored}
+                restored, seconds = run_methods(methods, to_uint8(lq), original.shape[:2], warm)
+                scores = {m: reference.score(restored[m]) | {"seconds": seconds[m]} for m in methods}
                 results[name].append({"picture": path.name, "size": original.shape[:2], "scores": scores})
                 if pictures is not None:
-                    shown = {who: restored[who] for who in (BASELINE, ours)}
+                    shown = {method: restored[method] for method in (BASELINE, ours)}
                     written += write_pictures(pictures / f"{stem}_{name}", shown, original, scores)
                 bar.update()
 
@@ -114,6 +125,7 @@ def evaluate(
         for name in tasks:
             settings = dataclasses.asdict(TASKS[name])
             report["tasks"][name] = {"task": settings, "means": rows[name], "pictures": results[name]}
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         written.append(output)
     if written:
@@ -147,7 +159,7 @@ def find_photographs(hq: Path | None, photo: str | None, limit: int | None) -> l
 
 def read_original(path: Path) -> np.ndarray:
     """An image file as uint8 [h, w, 3], cropped at the centre; raises ValueError, with the path, if it is too small."""
-    image = to_uint8(read_image(path))
+    image = read_image_uint8(path)
     height, width = (side // CROP_MULTIPLE * CROP_MULTIPLE for side in image.shape[:2])
     if min(height, width) < MINIMUM_SIDE:
         raise ValueError(
@@ -160,13 +172,13 @@ def read_original(path: Path) -> np.ndarray:
 def write_pictures(start: Path, shown: dict, original: np.ndarray, scores: dict) -> list[Path]:
     """Write the last picture of `shown`, and all of them beside the original; returns both paths.
 
-    start: what the paths begin with. shown: {contestant: picture}; scores: {contestant: numbers}.
+    start: what the paths begin with. shown: {method: picture}; scores: {method: numbers}.
     """
     labels = {
-        who: f"{who}: {scores[who]['psnr']:.2f} dB, LPIPS-VGG16 {scores[who]['lpips_vgg16']:.3f}"
-        for who in shown
+        method: f"{method}: {scores[method]['psnr']:.2f} dB, LPIPS-VGG16 {scores[method]['lpips_vgg16']:.3f}"
+        for method in shown
     }
-    compared = {labels[who]: picture for who, picture in shown.items()} | {"original": original}
+    compared = {labels[method]: picture for method, picture in shown.items()} | {"original": original}
     files = {"restored": list(shown.values())[-1], "comparison": side_by_side(compared)}
     paths = {kind: start.with_name(f"{start.name}_{kind}.png") for kind in files}
     for kind, path in paths.items():

@@ -1,9 +1,11 @@
 """Image files to arrays and back."""
 
+import contextlib
 import os
 import tempfile
-import warnings
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 OUTPUT_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+LARGEST_SIDE = 16384  # pixels of a result; beyond any size that the model is made for (8K)
+LARGEST_PIXELS = LARGEST_SIDE**2  # of a picture that is read: 268 million, as many as a result can have
 
 
 def list_images(folder: Path, recursive: bool = False) -> list[Path]:
@@ -32,40 +36,92 @@ def distinct_names(paths: list[Path]) -> list[str]:
     return names
 
 
-def read_image(path: Path) -> Float32[np.ndarray, "h w 3"]:
+def read_image(path: str | Path) -> Float32[np.ndarray, "h w 3"]:
     """An image file as float32 [h, w, 3] in [-1, 1], turned upright as its EXIF orientation says.
 
     Grey and palette images become RGB; alpha is dropped; 16-bit grey keeps its precision. Raises ValueError, with the
-    path in it, for a file that is missing, empty, truncated, or no image.
+    path in it, for a file that is missing, empty, truncated, no image, or of more than `LARGEST_PIXELS` pixels.
     """
+    pixels = _decode(path)
+    return to_float(pixels) if pixels.dtype == np.uint8 else pixels * 2 - 1
+
+
+def read_image_uint8(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
+    """`to_uint8(read_image(path))`, without the detour for the files of 8 bits that most are. Raises the same."""
+    pixels = _decode(path)
+    return pixels if pixels.dtype == np.uint8 else to_uint8(pixels * 2 - 1)
+
+
+def stored_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) in pixels out of a file's header, before its EXIF orientation is undone.
+
+    Raises ValueError as `read_image`, but sees no damage behind the header.
+    """
+    with _opened(path) as image:
+        return image.height, image.width
+
+
+def _decode(path):
+    """uint8 [h, w, 3], or float32 in [0, 1] for a file of more than 8 bits."""
+    with _opened(path) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if not image.mode.startswith("I") and image.mode != "F":
+            return np.asarray(image.convert("RGB"))
+        pixels = np.nan_to_num(np.asarray(image, np.float32))
+        # Pillow does not say what white is in 32 bits; a 1-bit picture has the mode "1", not these.
+        whites = [1, 255, 65535] if image.mode == "F" else [255, 65535]
+        if image.mode.startswith("I;16"):
+            whites = [65535]
+        white = next((white for white in whites if pixels.max() <= white), pixels.max())
+        return np.repeat(np.clip(pixels / white, 0, 1)[..., None], 3, -1)
+
+
+@contextlib.contextmanager
+def _opened(path) -> Iterator[Image.Image]:
+    """A file as a Pillow image, its header read. What fails here or within becomes a ValueError with the path."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I") or image.mode == "F":
-                    pixels = np.nan_to_num(np.asarray(image, np.float32))
-                    # Pillow does not say what white is in 32 bits; a 1-bit picture has the mode "1", not these.
-                    whites = [1, 255, 65535] if image.mode == "F" else [255, 65535]
-                    if image.mode.startswith("I;16"):
-                        whites = [65535]
-                    white = next((white for white in whites if pixels.max() <= white), pixels.max())
-                    pixels = np.repeat(np.clip(pixels / white, 0, 1)[..., None], 3, -1)
-                else:
-                    pixels = np.asarray(image.convert("RGB"), np.float32) / 255
+        with _pillow_reads_larger_pictures(), Image.open(path) as image:
+            if image.width * image.height > LARGEST_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            yield image
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not an image that can be read") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{path}: {error}") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{path}: more than {LARGEST_PIXELS} pixels, the most that is read ({error})"
+        ) from None
+    except MemoryError:
+        raise ValueError(f"{path}: the image does not fit into memory") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: the image is damaged ({error})") from None
-    return pixels * 2 - 1
+
+
+_reading = 0  # pictures that are being read, in all threads
+_reading_lock = threading.Lock()
+_limit_before = None
+
+
+@contextlib.contextmanager
+def _pillow_reads_larger_pictures():
+    """Pillow's limit, 89 million pixels, is ours while any thread is inside, and then what it was."""
+    global _reading, _limit_before
+    with _reading_lock:
+        if not _reading:
+            _limit_before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, LARGEST_PIXELS
+        _reading += 1
+    try:
+        yield
+    finally:
+        with _reading_lock:
+            _reading -= 1
+            if not _reading:
+                Image.MAX_IMAGE_PIXELS = _limit_before
 
 
 def to_uint8(image: Float32[np.ndarray, "*b h w c"]) -> UInt8[np.ndarray, "*b h w c"]:
@@ -76,6 +132,42 @@ def to_uint8(image: Float32[np.ndarray, "*b h w c"]) -> UInt8[np.ndarray, "*b h 
 def to_float(image: UInt8[np.ndarray, "*b h w c"]) -> Float32[np.ndarray, "*b h w c"]:
     """0..255 to [-1, 1]."""
     return image.astype(np.float32) / 127.5 - 1
+
+
+def resize(
+    image: Float32[np.ndarray, "h w 3"], height: int, width: int
+) -> Float32[np.ndarray, "{height} {width} 3"]:
+    """Bicubic resize of an image in [-1, 1], antialiased where it shrinks, clipped to [-1, 1].
+
+    Raises ValueError for another dtype or shape, or a size below 1.
+    """
+    check_dtype_and_shape(image)
+    if height < 1 or width < 1:
+        raise ValueError(f"cannot resize to {height} x {width} pixels; both sides must be at least 1.")
+    return np.clip(resize_unclipped(image, height, width), -1, 1)
+
+
+def resize_unclipped(
+    image: Float32[np.ndarray, "h w 3"], height: int, width: int
+) -> Float32[np.ndarray, "{height} {width} 3"]:
+    """`resize` without its checks, for any range of values, with the overshoot of a cubic filter at edges.
+
+    Pillow's filter: Keys' cubic with a = -0.5, widened by the factor when shrinking, as in MATLAB and
+    `jax.image.resize(method="cubic")`; OpenCV's cubic has a = -0.75 and aliases.
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    planes = [Image.fromarray(np.ascontiguousarray(image[..., channel])) for channel in range(3)]
+    return np.stack([plane.resize((width, height), Image.Resampling.BICUBIC) for plane in planes], axis=-1)
+
+
+def check_dtype_and_shape(image: object) -> None:
+    """Raises ValueError unless the image is a float32 array [h, w, 3]."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.float32:
+        found = getattr(image, "dtype", type(image).__name__)
+        raise ValueError(f"the image must be a float32 array in [-1, 1], not {found}.")
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"the image has shape {image.shape} instead of (height, width, 3).")
 
 
 def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]) -> None:
@@ -104,6 +196,15 @@ def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarr
         raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError where `write_image` could not write into a folder, which need not exist; makes nothing."""
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ValueError(f"{folder}: cannot be written to ({existing} is not a folder)")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: cannot be written to (no permission to write in {existing})")
 
 
 def _umask() -> int:

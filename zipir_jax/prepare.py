@@ -49,7 +49,7 @@ def preview(
         except ValueError as error:
             raise ValueError(f"{paths[index]}: {error}") from None
     sheet = contact_sheet([crops[index % len(crops)] for index in range(count)], degradation, seed, columns)
-    imageio.write_image(output, sheet.astype(np.float32) / 127.5 - 1)
+    imageio.write_image(output, sheet)
     print(f"{output}: {count} pairs from {len(crops)} images")
 
 

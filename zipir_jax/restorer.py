@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,11 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Key, UInt8
 
 from zipir_jax.config import ModelConfig, SamplingConfig
-from zipir_jax.data.degrade import resize
 from zipir_jax.diffusion.guidance import guided
+from zipir_jax.diffusion.objective import predict_eps
 from zipir_jax.diffusion.samplers import ddim, initial_noise
-from zipir_jax.diffusion.schedule import linear_schedule
-from zipir_jax.imageio import to_uint8
+from zipir_jax.diffusion.schedule import linear_schedule, spaced_timesteps
+from zipir_jax.imageio import LARGEST_SIDE, resize, to_float, to_uint8
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind
 from zipir_jax.models.lp_vae import FACTOR, encode, unwhiten, whiten
@@ -29,7 +30,7 @@ from zipir_jax.models.pixel_decoder import PixelDecoder
 from zipir_jax.weights import load_weights
 
 NEEDED = ("statistics", "coarse_encoder", "fine_encoder", "dit", "pixel_decoder")
-LARGEST_SIDE = 16384  # pixels; beyond any size that the model is made for (8K)
+PHASES = ("encode", "denoise", "decode")  # that `Restorer.restore` reports, in this order
 
 
 def denoise_latent(
@@ -49,16 +50,19 @@ def denoise_latent(
     dit = bind(DiT, config.dit, weights["dit"])
     lq = {"lq": whiten(lq_latent, weights["statistics"])}
 
-    def denoise(noisy, timesteps, condition):
+    schedule = linear_schedule(config.diffusion)
+
+    def predict(noisy, timesteps, condition):
         return dit(noisy, timesteps, **condition)
 
+    denoise = predict_eps(predict, config.diffusion.prediction, schedule)
     negative = None if negative_text is None else lq | negative_text
     noise = initial_noise(keys, lq_latent.shape[1:])
     latent = ddim(
         guided(denoise, sampling.guidance, lq | (text or {}), negative),
         keys,
         noise,
-        linear_schedule(config.diffusion),
+        schedule,
         sampling.steps,
         sampling.spacing,
         sampling.eta,
@@ -66,7 +70,7 @@ def denoise_latent(
     return unwhiten(latent, weights["statistics"])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
 class Restorer:
     """A model with its weights, ready to restore. Make one with `Restorer.load`."""
 
@@ -74,7 +78,7 @@ class Restorer:
     weights: dict
 
     @classmethod
-    def load(cls, weights: str = "default") -> "Restorer":
+    def load(cls, weights: str | Path = "default") -> "Restorer":
         """Read a folder of weights, or the "default" ones of the package.
 
         Raises ValueError, naming folder and tensor, if they cannot be read or do not fit together.
@@ -100,32 +104,41 @@ class Restorer:
         image: [h, w, 3] or [b, h, w, 3], uint8, or float32 in [-1, 1]; the result has its dtype. Give `scale`, the
         factor on both sides, or `size`, (height, width) in pixels. Each picture of a batch starts from the noise that
         it would have alone. denoise=False skips the diffusion and decodes the degraded image's latent as it is.
-        text, negative_text: embeddings for models trained with text. `progress` is told the phase before it starts:
-        "encode", "denoise", "decode".
+        text, negative_text: embeddings for models trained with text. `progress` is told each of the PHASES before it
+        starts.
 
-        Raises ValueError for a wrong shape, dtype, scale or size, or for text that does not suit the model.
+        Raises ValueError for a wrong shape, dtype, scale or size, for text or sampling that does not suit the model,
+        and for a size that needs more memory than there is.
         """
         is_bytes = check_image(image)
         height, width = target_size(image.shape[-3:-1], scale, size)
         batch = image[None] if image.ndim == 3 else image
-        batch = batch.astype(np.float32) / 127.5 - 1 if is_bytes else batch
-        lq = np.stack([resize(picture, height, width) for picture in batch])
-        lq = pad_by_reflection(lq)
         texts = self._texts(len(batch), text, negative_text)
-        keys = jnp.broadcast_to(jax.random.key(seed), (len(batch),))
-
-        progress("encode")
-        latent = _encode(self.config, self.weights, lq)
         if denoise:
-            progress("denoise")
-            latent = _denoise(
-                self.config, sampling, self.weights, jax.block_until_ready(latent), keys, *texts
-            )
-        progress("decode")
-        restored = _decode(self.config, self.weights, jax.block_until_ready(latent), lq)
-        restored = np.clip(np.asarray(restored)[:, :height, :width], -1, 1)
-        restored = restored[0] if image.ndim == 3 else restored
-        return to_uint8(restored) if is_bytes else restored
+            check_sampling(self.config, sampling, negative_text is not None)
+        keys = jnp.broadcast_to(jax.random.key(seed), (len(batch),))
+        try:
+            pictures = to_float(batch) if is_bytes else batch
+            lq = pad_by_reflection(np.stack([resize(picture, height, width) for picture in pictures]))
+            progress("encode")
+            latent = _encode(self.config, self.weights, lq)
+            if denoise:
+                progress("denoise")
+                latent = _denoise(
+                    self.config, sampling, self.weights, jax.block_until_ready(latent), keys, *texts
+                )
+            progress("decode")
+            restored = _decode(self.config, self.weights, jax.block_until_ready(latent), lq)
+            restored = np.clip(np.asarray(restored)[:, :height, :width], -1, 1)
+            restored = restored[0] if image.ndim == 3 else restored
+            return to_uint8(restored) if is_bytes else restored
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            # jax has one class for all that fails on a device; its text begins with the kind.
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise ValueError(
+                f"{width} x {height} pixels need more memory than there is; choose a smaller scale or size"
+            ) from error
 
     def _texts(self, count, *texts):
         """Batched embeddings, padded to one length; raises ValueError where they do not suit the model."""
@@ -176,6 +189,21 @@ def check_image(image: np.ndarray) -> bool:
     if image.dtype == np.float32 and not np.abs(image).max() <= 1:
         raise ValueError(f"a float32 image lies in [-1, 1]; this one reaches {np.abs(image).max():g}")
     return image.dtype == np.uint8
+
+
+def check_sampling(config: ModelConfig, sampling: SamplingConfig, has_negative_text: bool = False) -> None:
+    """Raises ValueError for steps that the model's schedule does not have, or a guidance that would do nothing.
+
+    The default guidance is no such demand: it waits for the models and texts that it acts on.
+    """
+    spaced_timesteps(config.diffusion.train_timesteps, sampling.steps, sampling.spacing)
+    if sampling.guidance != SamplingConfig.guidance and not has_negative_text:
+        reason = (
+            "without a negative text"
+            if config.dit.text_width
+            else "on weights that were trained without text"
+        )
+        raise ValueError(f"guidance {sampling.guidance:g} has no effect {reason}; leave it out")
 
 
 def target_size(

@@ -1,5 +1,6 @@
 """Restore photographs: `python -m zipir_jax.sample --input PATH --output PATH [--scale 4]`."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,9 +9,16 @@ from tqdm import tqdm
 
 from zipir_jax.command_line import cache_compiled_programs, parse, run
 from zipir_jax.config import SamplingConfig
-from zipir_jax.imageio import OUTPUT_FORMATS, distinct_names, list_images, read_image, write_image
+from zipir_jax.imageio import (
+    OUTPUT_FORMATS,
+    check_writable,
+    distinct_names,
+    list_images,
+    read_image,
+    write_image,
+)
 
-PHASES = 3  # that `Restorer.restore` reports
+EXISTS = "exists already; use --overwrite to replace it"
 
 
 def restore_files(
@@ -39,26 +47,27 @@ def restore_files(
     if scale is None and target is None:
         scale = 4.0
     jobs = plan(input, output)
-    from zipir_jax.diffusion.schedule import spaced_timesteps
-    from zipir_jax.restorer import Restorer, target_size
+    check_outputs(jobs, may_exist=overwrite or input.is_dir())  # in a folder, what exists is skipped below
+    # Importing jax takes seconds; bad arguments should not wait for it.
+    from zipir_jax.restorer import PHASES, Restorer, check_sampling, target_size
 
     target_size((1, 1), scale, target)  # a scale or size that no image can have
     cache_compiled_programs()
     restorer = Restorer.load(weights)
-    spaced_timesteps(
-        restorer.config.diffusion.train_timesteps, sampling.steps, sampling.spacing
-    )  # or ValueError
+    check_sampling(restorer.config, sampling)
     failures = 0
-    with tqdm(total=PHASES * len(jobs), unit="phase", dynamic_ncols=True) as bar:
+    with tqdm(total=len(PHASES) * len(jobs), unit="phase", dynamic_ncols=True) as bar:
+
+        def progress(phase):
+            """The phases before this one are done."""
+            bar.update(PHASES.index(phase) - bar.n % len(PHASES))
+            bar.set_postfix_str(phase)
+
         for index, (source, destination) in enumerate(jobs):
             bar.set_description(source.name)
-
-            def progress(phase, index=index):
-                bar.set_postfix_str(phase)
-
             try:
                 if destination.exists() and not overwrite:
-                    raise ValueError(f"{destination}: exists already; use --overwrite to replace it")
+                    raise ValueError(f"{destination}: {EXISTS}")
                 restored = restorer.restore(
                     read_image(source),
                     scale=scale,
@@ -73,7 +82,7 @@ def restore_files(
                     raise
                 failures += 1
                 bar.write(f"skipped: {error}", file=sys.stderr)
-            bar.update(PHASES * (index + 1) - bar.n)
+            bar.update(len(PHASES) * (index + 1) - bar.n)  # a skipped file fills its share of the bar as well
     print(f"restored {len(jobs) - failures}, skipped {failures}" if input.is_dir() else jobs[0][1])
     return 1 if failures else 0
 
@@ -97,6 +106,30 @@ def plan(input: Path, output: Path) -> list[tuple[Path, Path]]:
         (source, output / f"{name}.png")
         for source, name in zip(sources, distinct_names(sources), strict=True)
     ]
+
+
+def check_outputs(jobs: list[tuple[Path, Path]], may_exist: bool) -> None:
+    """Raises ValueError for an output that is an input, that exists and may not, or whose folder cannot be written.
+
+    jobs: (source, destination) of every picture. Nothing is written: a refused run leaves no folders behind.
+    """
+    inputs = {_identity(source) for source, _ in jobs}
+    for _, destination in jobs:
+        if not destination.exists():
+            continue
+        # With --overwrite as well: a photograph that its restoration replaced could not be had again.
+        if _identity(destination) in inputs:
+            raise ValueError(f"{destination}: the output would replace an input; choose another output")
+        if not may_exist:
+            raise ValueError(f"{destination}: {EXISTS}")
+    for folder in {destination.parent for _, destination in jobs}:
+        check_writable(folder)
+
+
+def _identity(path):
+    """Equal for two paths of the same file, through links and any spelling of the name."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def parse_size(text: str) -> tuple[int, int]:

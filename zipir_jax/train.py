@@ -5,6 +5,7 @@ A config is a Python file with a function `config() -> TrainConfig`. Every field
 
 import argparse
 import runpy
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -14,18 +15,26 @@ from zipir_jax.config import TrainConfig
 
 
 def load_config(path: str) -> TrainConfig:
-    """What `config()` in a Python file returns. Raises ValueError if there is no such file or function."""
+    """What `config()` in a Python file returns.
+
+    Raises ValueError, with the path, if there is no such file or function, if either fails, or for another result.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such config")
     try:
-        function = runpy.run_path(path)["config"]
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such config") from None
-    except KeyError:
-        raise ValueError(f"{path}: a config file needs a function named config") from None
-    return function()
+        function = runpy.run_path(path).get("config")
+        config = function() if callable(function) else None
+    except Exception as error:  # the file is a program: anything can happen in it
+        raise ValueError(f"{path}: the config file fails with {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise ValueError(f"{path}: a config file needs a function named config")
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"{path}: config() returns {type(config).__name__}, not a TrainConfig")
+    return config
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--resume", action="store_true")
     options, overrides = parser.parse_known_args(arguments)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import cv2
-import jax
 import numpy as np
 import pytest
 import skimage.data
@@ -17,6 +16,7 @@ from zipir_jax import prepare
 from zipir_jax.config import TASKS, BlurKernels, DegradationConfig, DegradationOrder, Task
 from zipir_jax.data import degrade
 from zipir_jax.data.preview import LABEL_HEIGHT, contact_sheet
+from zipir_jax.imageio import resize
 
 RANDOM_ONLY = DegradationConfig(task_probability=0.0)
 
@@ -195,32 +195,6 @@ def test_jpeg_error_falls_with_quality_and_red_stays_red(photograph):
 
 
 # --------------------------------------------------------------------------------------------------
-# Resize
-# --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [(64, 64), (37, 91), (300, 200), (1000, 700)])
-def test_resize_equals_jax_cubic(photograph, size):
-    image = photograph[:256, :230]
-    expected = jax.image.resize(image, (*size, 3), "cubic", antialias=True)
-    np.testing.assert_allclose(degrade.resize(image, *size), np.clip(expected, -1, 1), atol=1e-4)
-
-
-def test_resize_does_not_alias():
-    """Stripes of one pixel vanish into their mean when the image is halved three times."""
-    stripes = np.where(np.arange(256)[None, :, None] % 2 == 0, 1, -1) * np.ones((256, 1, 3))
-    small = degrade.resize(stripes.astype(np.float32), 32, 32)
-    assert np.abs(small).max() < 0.05
-
-
-def test_resize_names_a_wrong_argument():
-    with pytest.raises(ValueError, match="0 x 64"):
-        degrade.resize(flat(0.0), 0, 64)
-    with pytest.raises(ValueError, match="uint8"):
-        degrade.resize(np.zeros((64, 64, 3), np.uint8), 32, 32)
-
-
-# --------------------------------------------------------------------------------------------------
 # The fixed tasks
 # --------------------------------------------------------------------------------------------------
 
@@ -238,7 +212,7 @@ def test_task_size_levels_and_range(photograph, name, size):
 
 def test_sr_task_is_bicubic_to_half_a_level(photograph):
     lq = degrade.apply_task(photograph, TASKS["sr8"], np.random.default_rng(0))
-    np.testing.assert_allclose(lq, degrade.resize(photograph, 64, 64), atol=0.51 / 127.5)
+    np.testing.assert_allclose(lq, resize(photograph, 64, 64), atol=0.51 / 127.5)
 
 
 def test_task_noise_is_at_the_low_resolution_and_has_its_sigma():
@@ -261,7 +235,7 @@ def test_task_blur_is_at_full_resolution():
 def test_task_difficulty_on_a_photograph(photograph):
     def restored_psnr(name):
         lq = degrade.apply_task(photograph, TASKS[name], np.random.default_rng(0))
-        return psnr(degrade.resize(lq, 512, 512), photograph)
+        return psnr(resize(lq, 512, 512), photograph)
 
     values = {name: restored_psnr(name) for name in TASKS}
     assert 20 < values["sr8"] < 24

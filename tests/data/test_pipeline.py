@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -83,6 +84,37 @@ def test_a_restored_iterator_goes_on_as_if_it_had_never_stopped(config):
     assert_same(take(fresh, 3), expected)
 
 
+def test_a_saved_state_is_refused_by_other_images(config, tmp_path):
+    def folder(name, files):
+        for file, side in files:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / file)
+        return batches(dataclasses.replace(config, folder=str(tmp_path / name)), None, 0)
+
+    files = [("a.png", 64), ("b.png", 65), ("deeper/c.png", 66)]
+    iterator = folder("first", files)
+    take(iterator, 2)
+    state = json.loads(json.dumps(iterator.get_state()))  # as a checkpoint holds it
+    moved = folder("moved", files)
+    moved.set_state(state)
+    assert_same(take(moved, 2), take(iterator, 2))
+    for name, others in {
+        "renamed": [("a.png", 64), ("B.png", 65), ("deeper/c.png", 66)],
+        "changed": [("a.png", 64), ("b.png", 67), ("deeper/c.png", 66)],
+        "fewer": [("a.png", 64), ("b.png", 65)],
+        "flat": [("a.png", 64), ("b.png", 65), ("c.png", 66)],
+    }.items():
+        with pytest.raises(
+            ValueError, match=f"{name}: not the images that the run began with: .*, not Folder"
+        ):
+            folder(name, others).set_state(state)
+    # States that were saved before they named their source go on as they did.
+    older = folder("older", files)
+    older.set_state({key: value for key, value in state.items() if key != "source"})
+    assert_same(take(older, 2), take(folder("again", files), 4)[2:])
+
+
 def test_every_epoch_shows_each_image_once_in_an_order_and_with_crops_of_its_own(config):
     iterator = batches(dataclasses.replace(config, batch_size=IMAGES), None, 0)
     epochs = [batch["image"] for batch in take(iterator, 3)]
@@ -141,6 +173,27 @@ def test_grey_and_transparent_files_become_rgb(tmp_path):
     Image.fromarray(np.full((64, 64, 4), 9, np.uint8)).save(tmp_path / "transparent.png")
     source = FolderSource(tmp_path, 64)
     assert [source[i].shape for i in range(2)] == [(64, 64, 3)] * 2
+
+
+def test_a_photograph_that_lay_on_its_side_is_trained_upright(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(pixels))).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(FolderSource(tmp_path, 64)[0], pixels)
+
+
+def test_a_damaged_file_is_named(config, tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    damaged = batches(dataclasses.replace(config, folder=str(tmp_path)), None, 0)
+    with pytest.raises(ValueError, match=r"a\.png: the image is damaged \(.*truncated"):
+        next(damaged)
+    (tmp_path / "b.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"b\.png: not an image that can be read"):
+        FolderSource(tmp_path, 64)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from zipir_jax.config import DiffusionConfig
-from zipir_jax.diffusion.objective import add_noise, eps_loss, predict_clean
+from zipir_jax.diffusion.objective import add_noise, diffusion_loss, predict_clean, predict_eps
 from zipir_jax.diffusion.schedule import linear_schedule
 
 SCHEDULE = linear_schedule(DiffusionConfig())
@@ -41,12 +41,36 @@ def test_loss_is_zero_for_the_noise_itself_and_one_for_nothing(clean):
         return (noisy - signal * clean) / noise
 
     key = jax.random.key(5)
-    loss = eps_loss(oracle, key, clean, TIMESTEPS, SCHEDULE)
+    loss = diffusion_loss(oracle, "eps", key, clean, TIMESTEPS, SCHEDULE)
     assert loss.shape == (4,)
     np.testing.assert_allclose(loss, 0, atol=1e-9)
-    nothing = eps_loss(lambda noisy, timesteps: jnp.zeros_like(noisy), key, clean, TIMESTEPS, SCHEDULE)
+    nothing = diffusion_loss(
+        lambda noisy, timesteps: jnp.zeros_like(noisy), "eps", key, clean, TIMESTEPS, SCHEDULE
+    )
     assert np.all(np.abs(np.asarray(nothing) - 1) < 0.25)  # known to 0.05
     assert len(np.unique(np.asarray(nothing))) == 4  # the items do not share their noise
+
+
+def test_v_is_the_direction_in_which_the_noise_grows(clean):
+    """z_t = cos(a) z_0 + sin(a) eps, and v = dz/da (Salimans & Ho 2022, appendix D)."""
+    key = jax.random.key(5)
+    keys = [jax.random.fold_in(key, item) for item in range(4)]
+    eps = jnp.stack([jax.random.normal(item_key, clean.shape[1:]) for item_key in keys])
+    angles = jnp.arctan2(SCHEDULE.noise[TIMESTEPS], SCHEDULE.signal[TIMESTEPS])[:, None, None, None]
+    _, v = jax.jvp(lambda a: jnp.cos(a) * clean + jnp.sin(a) * eps, (angles,), (jnp.ones_like(angles),))
+    loss = diffusion_loss(lambda noisy, timesteps: v, "v", key, clean, TIMESTEPS, SCHEDULE)
+    np.testing.assert_allclose(loss, 0, atol=1e-9)
+    denoise = predict_eps(lambda noisy, timesteps: v, "v", SCHEDULE)
+    noisy = add_noise(clean, eps, TIMESTEPS, SCHEDULE)
+    np.testing.assert_allclose(denoise(noisy, TIMESTEPS), eps, atol=1e-5)
+
+
+def test_a_model_of_v_that_knows_nothing_is_right_about_pure_noise():
+    noisy = jax.random.normal(jax.random.key(1), (1, 4, 4, 8))
+    denoise = predict_eps(lambda noisy, timesteps: jnp.zeros_like(noisy), "v", SCHEDULE)
+    np.testing.assert_allclose(denoise(noisy, jnp.array([999])), noisy, rtol=1e-3)
+    untouched = predict_eps(lambda noisy, timesteps: 2 * noisy, "eps", SCHEDULE)
+    np.testing.assert_array_equal(untouched(noisy, jnp.array([999])), 2 * noisy)
 
 
 def test_loss_is_that_of_each_item_alone(clean):
@@ -54,17 +78,17 @@ def test_loss_is_that_of_each_item_alone(clean):
         return jnp.tanh(noisy) * (1 + timesteps[:, None, None, None] / 1000)
 
     key = jax.random.key(6)
-    together = eps_loss(denoise, key, clean, TIMESTEPS, SCHEDULE)
-    fewer = eps_loss(denoise, key, clean[:2], TIMESTEPS[:2], SCHEDULE)
+    together = diffusion_loss(denoise, "eps", key, clean, TIMESTEPS, SCHEDULE)
+    fewer = diffusion_loss(denoise, "eps", key, clean[:2], TIMESTEPS[:2], SCHEDULE)
     np.testing.assert_allclose(together[:2], fewer, rtol=1e-6)
 
 
 def test_loss_is_float32_when_the_model_computes_in_bfloat16(clean):
-    loss = eps_loss(
-        lambda noisy, _: noisy.astype(jnp.bfloat16), jax.random.key(0), clean, TIMESTEPS, SCHEDULE
+    loss = diffusion_loss(
+        lambda noisy, _: noisy.astype(jnp.bfloat16), "eps", jax.random.key(0), clean, TIMESTEPS, SCHEDULE
     )
     assert loss.dtype == jnp.float32
-    exact = eps_loss(lambda noisy, _: noisy, jax.random.key(0), clean, TIMESTEPS, SCHEDULE)
+    exact = diffusion_loss(lambda noisy, _: noisy, "eps", jax.random.key(0), clean, TIMESTEPS, SCHEDULE)
     np.testing.assert_allclose(loss, exact, rtol=0.05, atol=1e-4)
 
 
@@ -74,7 +98,10 @@ def test_gradient_descends_to_the_best_linear_model():
     timesteps = jnp.full(64, 300)
 
     def loss(scale):
-        return eps_loss(lambda noisy, _: scale * noisy, jax.random.key(8), clean, timesteps, SCHEDULE).mean()
+        losses = diffusion_loss(
+            lambda noisy, _: scale * noisy, "eps", jax.random.key(8), clean, timesteps, SCHEDULE
+        )
+        return losses.mean()
 
     best = SCHEDULE.noise[300]
     assert abs(jax.grad(loss)(best)) < 0.02

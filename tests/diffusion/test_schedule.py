@@ -14,7 +14,7 @@ DIFFUSERS = pathlib.Path(__file__).parents[1] / "parity" / "ddim.npz"
 def test_schedule_ends_short_of_pure_noise():
     schedule = linear_schedule(DiffusionConfig())
     assert schedule.signal.shape == schedule.noise.shape == (1000,)
-    assert abs(schedule.signal[-1] - 0.0397) < 5e-5  # DESIGN 3.7
+    assert abs(schedule.signal[-1] - 0.0397) < 5e-5
     np.testing.assert_allclose(schedule.noise[0] ** 2, 0.00085, rtol=1e-12)
     np.testing.assert_allclose(schedule.signal**2 + schedule.noise**2, 1, rtol=1e-12)
     assert np.all(np.diff(schedule.signal) < 0)

@@ -212,6 +212,15 @@ def test_missing_and_unwanted_text_are_refused(inputs):
             jax.eval_shape(functools.partial(apply, config), params, given)
 
 
+def test_latents_that_patches_do_not_fit_are_refused(inputs):
+    config = dataclasses.replace(PLAIN, patch=2)
+    given = without_text(inputs) | {
+        name: inputs[name][:, : 2 * (HEIGHT // 2) - 1] for name in ("noisy", "lq")
+    }
+    with pytest.raises(ValueError, match="they must agree, with sides in multiples of 2"):
+        jax.eval_shape(functools.partial(apply, config), abstract_params(DiT, config), given)
+
+
 def test_queries_and_keys_are_normalised(random_params, inputs):
     params = random_params(DiT, TEXT)
     blocks = dict(params["blocks"])

@@ -113,12 +113,21 @@ def test_depth_to_space_is_the_inverse_of_space_to_depth(image, patch):
 
 
 def test_upsample_adds_what_it_unfolds_to_the_bilinear_picture(image):
-    layer = Upsample(3, nnx.Rngs(0), dtype="float32")
+    layer = Upsample(3, nnx.Rngs(0), dtype="float32", unfold=True)
     added = np.asarray(layer(image) - bilinear_upsample(image))
     unfolded = np.asarray(layer.unfold(image)).reshape(2, 12, 20, 2, 2, 3)
     for row in (0, 1):
         for column in (0, 1):
             np.testing.assert_allclose(added[:, row::2, column::2], unfolded[..., row, column, :], atol=1e-6)
+
+
+def test_upsample_without_unfolding_treats_all_pixels_alike(image):
+    """Whatever its weights, what is flat before is flat after: no grid."""
+    layer = Upsample(3, nnx.Rngs(0), dtype="float32", unfold=False)
+    enlarged = bilinear_upsample(image)
+    np.testing.assert_allclose(layer(image), enlarged + layer.conv(enlarged), atol=1e-6)
+    flat = layer(jnp.broadcast_to(jnp.array([0.3, -0.5, 0.9]), (1, 6, 6, 3)))[:, 2:-2, 2:-2]
+    np.testing.assert_allclose(flat, np.broadcast_to(flat[:, :1, :1], flat.shape), atol=1e-6)
 
 
 @pytest.fixture(name="params", scope="module")

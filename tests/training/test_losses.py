@@ -104,13 +104,13 @@ def make_case(make_config, random_params, quick_lpips):
     def run(adversarial, params):
         return image_gradients(
             config,
-            lambda generator: (decoder(generator).features(latent), kl(generator)),
-            lambda generator, hidden: decoder(generator).head(hidden),
             params,
-            lpips_params,
-            target,
-            KEY,
-            adversarial,
+            inputs=lambda generator: ((latent,), kl(generator)),
+            decoder=decoder,
+            target=target,
+            lpips_params=lpips_params,
+            key=KEY,
+            adversarial=adversarial,
         )
 
     return types.SimpleNamespace(

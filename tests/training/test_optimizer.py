@@ -1,11 +1,15 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
-from zipir_jax.config import LossConfig, OptimizerConfig, TrainConfig
+from zipir_jax.config import DiTConfig, LossConfig, OptimizerConfig, TrainConfig
+from zipir_jax.models.dit import DiT
+from zipir_jax.models.layers import init_params
 from zipir_jax.training.optimizer import learning_rate, make_optimizer
 
 CONFIG = TrainConfig(
@@ -49,18 +53,20 @@ def update(config, params, gradients, count):
     return params
 
 
-def test_weight_decay_acts_on_matrices_of_the_generator_alone():
-    params = {
-        part: {"kernel": jnp.full((3, 4), 2.0), "conv": jnp.full((3, 3, 1, 2), 2.0), "bias": jnp.full(4, 2.0)}
-        for part in ("generator", "discriminator")
-    }
-    zeros = {part: {name: jnp.zeros_like(p) for name, p in tree.items()} for part, tree in params.items()}
+def test_weight_decay_acts_on_kernels_of_the_generator_alone():
+    """The DiT's blocks are stacked, so that its biases and norm scales have two axes; they do not decay either."""
+    dit = init_params(DiT, DiTConfig(layers=2, width=16, heads=2, text_width=0, bias=True), jax.random.key(0))
+    params = {"generator": dit, "discriminator": {"kernel": jnp.ones((3, 3, 1, 2))}}
+    params = jax.tree.map(lambda p: jnp.full_like(p, 2), params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
     moved = update(with_optimizer(warmup_steps=0), params, lambda _: zeros, 1)
-    for name in ("kernel", "conv"):
-        np.testing.assert_allclose(moved["generator"][name], 2 - 1e-2 * 0.5 * 2, rtol=1e-6)
-    np.testing.assert_array_equal(moved["generator"]["bias"], 2)
-    for leaf in moved["discriminator"].values():
-        np.testing.assert_array_equal(leaf, 2)
+    np.testing.assert_array_equal(moved["discriminator"]["kernel"], 2)
+    seen = set()
+    for path, leaf in flatten_dict(moved["generator"]).items():
+        seen.add(path[-1])
+        expected = 2 - 1e-2 * 0.5 * 2 if path[-1] == "kernel" else 2
+        np.testing.assert_allclose(leaf, expected, rtol=1e-6, err_msg=str(path))
+    assert seen == {"kernel", "bias", "scale"}
 
 
 def adam(parameter, gradients, rates, beta1, beta2, clip):

@@ -1,7 +1,9 @@
 """Whole runs of the four stages, a few steps each; and the command line."""
 
+import contextlib
 import dataclasses
 import functools
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -20,7 +22,7 @@ from zipir_jax.models.lp_vae import encode, whiten
 from zipir_jax.restorer import Restorer
 from zipir_jax.train import main
 from zipir_jax.training import checkpoint, losses
-from zipir_jax.training.loop import train
+from zipir_jax.training.loop import check, train
 from zipir_jax.training.stages import STAGES
 from zipir_jax.training.state import create_state, train_step
 from zipir_jax.weights import load_weights, save_weights
@@ -61,6 +63,13 @@ def saved_state(config, step):
     return ocp.StandardCheckpointer().restore(path.absolute())
 
 
+def measured(config):
+    """The lines of metrics.jsonl without what the clock says."""
+    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    clock = ("images_per_second", "seconds")
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
 def leaves(tree):
     return [
         (jax.tree_util.keystr(p), np.asarray(v)) for p, v in jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -93,6 +102,7 @@ def test_a_run_that_stops_and_resumes_equals_one_that_does_not(trained, tmp_path
     assert straight["step"] == 4
     assert_same(saved_state(stopped, 4), straight)
     assert_same(load_weights(resumed, ())[1], load_weights(weights, ())[1])
+    assert measured(stopped) == measured(config)
     kept = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()}
     assert kept == {"3", "4"}
 
@@ -200,13 +210,32 @@ def replace_data(config, **changes):
         ({"stage": "dit"}, "stage dit needs init_from"),
         ({"stage": "pixel_decoder"}, "stage pixel_decoder needs init_from"),
         ({"output": ""}, "output is empty"),
-        ({"decoder_noise": 1.5}, "decoder_noise 1.5 is not between 0 and 1"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(make_config, tmp_path, changes, message):
     config = dataclasses.replace(make_config("coarse", output=str(tmp_path)), **changes)
     with pytest.raises(ValueError, match=message):
         train(config)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "refused"),
+    [
+        ("dit", {}, True),
+        ("pixel_decoder", {"decoder_noise": 0.5}, True),
+        ("pixel_decoder", {}, False),
+        ("fine", {}, False),
+    ],
+)
+def test_a_dit_that_reads_text_cannot_be_trained_without_any(make_config, stage, changes, refused):
+    config = make_config(stage, output="run", init_from="weights", **changes)
+    model = dataclasses.replace(config.model, dit=dataclasses.replace(config.model.dit, text_width=64))
+    config = dataclasses.replace(config, model=model)
+    expected = pytest.raises(
+        ValueError, match=r"without text, and model\.dit\.text_width is 64: stage " + stage
+    )
+    with expected if refused else contextlib.nullcontext():
+        check(config)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +294,8 @@ def make_config_file(make_config, tmp_path):
 
 def test_the_command_line_trains_what_the_config_and_the_overrides_say(config_file, tmp_path, call):
     output = tmp_path / "elsewhere"
-    status, out, err = call(main, "--config", config_file, "--steps", 0, "--output", output)
+    overrides = ("--steps", 1, "--output", output, "--loss.adversarial", 0)  # without, it compiles faster
+    status, out, err = call(main, "--config", config_file, *overrides)
     assert status == 0, err
     assert out == f"weights: {output / 'weights'}\n"
     model, groups = load_weights(output / "weights", ())
@@ -280,6 +310,8 @@ def test_the_command_line_trains_what_the_config_and_the_overrides_say(config_fi
         (("--data.nonsense", "3"), "nonsense"),
         (("--nonsense",), "nonsense"),
         (("--steps", "many"), "many"),
+        (("--steps", "0"), "steps 0 is not at least 1"),
+        (("--data.threads", "-1"), "threads -1 is not at least 0"),
         (("--data.crop", "100"), "error: data.crop 100 is not a multiple of 32\n"),
         (("--stage", "medium"), "error: stage 'medium' is not one of"),
         (("--data.folder", "/nowhere"), "error: /nowhere: no such folder\n"),
@@ -304,6 +336,35 @@ def test_the_command_line_says_what_is_wrong_with_the_config_file(tmp_path, call
         assert status == 2
         assert message in err
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "cause"),
+    [
+        ("def config(:", "config.py: the config file fails with SyntaxError: ", SyntaxError),
+        ("{}['stage']", "config.py: the config file fails with KeyError: 'stage'", KeyError),
+        ("def config(): return {}['config']", "fails with KeyError: 'config'", KeyError),
+        ("open('/nowhere')", "fails with FileNotFoundError: [Errno 2]", FileNotFoundError),
+        ("def config(): return {}", "config.py: config() returns dict, not a TrainConfig", None),
+        ("config = 3", "config.py: a config file needs a function named config", None),
+    ],
+)
+def test_a_config_file_that_fails_is_named(tmp_path, call, text, message, cause):
+    path = tmp_path / "config.py"
+    path.write_text(text)
+    status, out, err = call(main, "--config", path)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {path}: ") and message in err
+    with pytest.raises(ValueError) as raised:
+        call(main, "--config", path, "--debug")
+    assert type(raised.value.__cause__) is (cause or type(None))  # for the traceback
+
+
+def test_options_are_not_guessed_from_their_beginning(config_file, tmp_path, call):
+    for arguments in (("--conf", config_file), ("--config", config_file, "--res")):
+        status, _, err = call(main, *arguments)
+        assert status == 2 and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_lists_the_settings(call):

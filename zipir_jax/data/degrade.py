@@ -14,10 +14,10 @@ import dataclasses
 import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image
 from scipy.special import j1
 
 from zipir_jax.config import TASKS, DegradationConfig, DegradationOrder, Task
+from zipir_jax.imageio import check_dtype_and_shape, resize, resize_unclipped, to_float
 
 MINIMUM_SIDE = 32  # pixels of the clean image: one latent of the VAE, and an LQ image of 2 pixels at x16
 PHOTON_LEVELS = 256  # photons counted at full brightness before `poisson_scale` amplifies the noise
@@ -66,11 +66,11 @@ def apply_task(image: np.ndarray, task: Task, rng: np.random.Generator) -> Float
     if task.blur_sigma > 0:
         side = 2 * int(np.ceil(4 * task.blur_sigma)) + 1
         lq = cv2.GaussianBlur(lq, (side, side), task.blur_sigma, borderType=cv2.BORDER_REFLECT_101)
-    lq = _resize_antialiased(lq, *_scaled_size(image, task.downscale))
+    lq = resize_unclipped(lq, *_scaled_size(image, task.downscale))
     if task.noise_sigma > 0:
         lq = add_gaussian_noise(lq, task.noise_sigma, grey=False, rng=rng)
     levels = _to_levels(lq) if task.jpeg_quality is None else _jpeg_levels(lq, task.jpeg_quality)
-    return _levels_to_public(levels)
+    return to_float(levels)
 
 
 def random_degradation(
@@ -103,25 +103,12 @@ def random_degradation(
     else:
         lq = _levels_to_unit(_jpeg_levels(lq, quality))
         levels = _to_levels(_final_resize_and_sinc(lq, lq_height, lq_width, config, rng))
-    return _levels_to_public(levels)
-
-
-def resize(image: np.ndarray, height: int, width: int) -> Float32[np.ndarray, "height width 3"]:
-    """Bicubic resize, antialiased where it shrinks, clipped to [-1, 1].
-
-    Pillow's filter: Keys' cubic with a = -0.5, widened by the factor when shrinking, as in MATLAB and
-    `jax.image.resize(method="cubic")`; OpenCV's cubic has a = -0.75 and aliases. image: float32 [h, w, 3] of
-    any size. Raises ValueError for another dtype or shape, or a size below 1.
-    """
-    _check_dtype_and_shape(image)
-    if height < 1 or width < 1:
-        raise ValueError(f"cannot resize to {height} x {width} pixels; both sides must be at least 1.")
-    return np.clip(_resize_antialiased(image, height, width), -1, 1)
+    return to_float(levels)
 
 
 def check_image(image: np.ndarray) -> None:
     """Raises ValueError unless the image is float32 [h, w, 3] with sides from 32 px and values in [-1, 1]."""
-    _check_dtype_and_shape(image)
+    check_dtype_and_shape(image)
     if min(image.shape[:2]) < MINIMUM_SIDE:
         raise ValueError(
             f"the image is {image.shape[0]} x {image.shape[1]} pixels; "
@@ -130,14 +117,6 @@ def check_image(image: np.ndarray) -> None:
     lowest, highest = image.min(), image.max()
     if not (lowest >= -1.001 and highest <= 1.001):
         raise ValueError(f"the image's values run from {lowest:g} to {highest:g} instead of within [-1, 1].")
-
-
-def _check_dtype_and_shape(image):
-    if not isinstance(image, np.ndarray) or image.dtype != np.float32:
-        found = getattr(image, "dtype", type(image).__name__)
-        raise ValueError(f"the image must be a float32 array in [-1, 1], not {found}.")
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"the image has shape {image.shape} instead of (height, width, 3).")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,13 +292,6 @@ def _scaled_size(image, scale):
     return max(1, round(image.shape[0] / scale)), max(1, round(image.shape[1] / scale))
 
 
-def _resize_antialiased(image, height, width):
-    if image.shape[:2] == (height, width):
-        return image
-    planes = [Image.fromarray(np.ascontiguousarray(image[..., channel])) for channel in range(3)]
-    return np.stack([plane.resize((width, height), Image.Resampling.BICUBIC) for plane in planes], axis=-1)
-
-
 def _to_unit(image):
     return np.clip((np.ascontiguousarray(image) + 1) / 2, 0, 1)
 
@@ -330,10 +302,6 @@ def _to_levels(unit) -> UInt8[np.ndarray, "h w 3"]:
 
 def _levels_to_unit(levels):
     return levels.astype(np.float32) / 255
-
-
-def _levels_to_public(levels):
-    return levels.astype(np.float32) / np.float32(127.5) - 1
 
 
 def _jpeg_levels(unit, quality) -> UInt8[np.ndarray, "h w 3"]:

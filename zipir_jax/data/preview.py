@@ -5,7 +5,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from zipir_jax.config import DegradationConfig
-from zipir_jax.data.degrade import draw_lq, resize
+from zipir_jax.data.degrade import draw_lq
+from zipir_jax.imageio import resize, to_uint8
 
 LABEL_HEIGHT = 20  # pixels of the line of text above a pair
 GAP = 8  # pixels between pairs
@@ -41,8 +42,9 @@ def contact_sheet(
         top = (index // columns) * (pair_height + GAP)
         label = f"seed {seed + index}: {name}, {lq.shape[0]} x {lq.shape[1]} px"
         draw.text((left + 4, top + 2), label, fill=(255, 255, 255), font=font)
-        sheet.paste(_picture(image), (left, top + LABEL_HEIGHT))
-        sheet.paste(_picture(resize(lq, height, width)), (left + width, top + LABEL_HEIGHT))
+        sheet.paste(Image.fromarray(to_uint8(image)), (left, top + LABEL_HEIGHT))
+        enlarged = to_uint8(resize(lq, height, width))
+        sheet.paste(Image.fromarray(enlarged), (left + width, top + LABEL_HEIGHT))
     return np.asarray(sheet)
 
 
@@ -57,7 +59,3 @@ def side_by_side(pictures: dict[str, np.ndarray]) -> UInt8[np.ndarray, "height w
         draw.text((index * pitch + 4, 2), label, fill=(255, 255, 255), font=font)
         sheet.paste(Image.fromarray(picture), (index * pitch, LABEL_HEIGHT))
     return np.asarray(sheet)
-
-
-def _picture(image):
-    return Image.fromarray((np.clip(image, -1, 1) * 127.5 + 128).astype(np.uint8))

@@ -25,26 +25,12 @@ def load_lpips(net: str):
     """
     if net not in LPIPS_NETS:
         raise ValueError(f"LPIPS network {net!r} is not one of {', '.join(LPIPS_NETS)}")
-    evaluator = LPIPSEvaluator(replicate=False, net=net)
+    params = jax.tree.map(jnp.asarray, LPIPSEvaluator(replicate=False, net=net).params)
 
     def distance(params, a: Float[Array, "b h w 3"], b: Float[Array, "b h w 3"]) -> Float[Array, " b"]:
-        return evaluator.lpips.apply(params, a, b).reshape(a.shape[0])
+        return _lpips_between(net, params, _lpips_features(net, params, a), b)
 
-    return jax.tree.map(jnp.asarray, evaluator.params), distance
-
-
-@functools.cache
-def _jitted_lpips(net: str):
-    params, distance = load_lpips(net)
-    return params, jax.jit(distance)
-
-
-def lpips(
-    a: Float[Array | np.ndarray, "b h w 3"], b: Float[Array | np.ndarray, "b h w 3"], net: str
-) -> np.ndarray:
-    """LPIPS distance of each pair, [b]; lower is closer."""
-    params, distance = _jitted_lpips(net)
-    return np.asarray(distance(params, jnp.asarray(a), jnp.asarray(b)))
+    return params, distance
 
 
 def lpips_to(
@@ -85,29 +71,36 @@ def psnr(a: Float[Array | np.ndarray, "b h w c"], b: Float[Array | np.ndarray, "
 
 
 def grid_energy(
-    image: Float[Array | np.ndarray, "h w 3"], original: Float[Array | np.ndarray, "h w 3"], period: int
-) -> float:
-    """Energy of a grid of this period (pixels) in flat regions, in squared 8-bit levels of the luma's Laplacian.
+    image: Float[Array | np.ndarray, "h w 3"], original: Float[Array | np.ndarray, "h w 3"]
+) -> dict[int, float]:
+    """{period in pixels: energy of a grid of that period in flat regions}, in squared 8-bit levels of luma's Laplacian.
 
-    A network that works on patches can leave a pattern in every patch, most visible where there is nothing else. In the
-    flattest quarter of the original's tiles, the image's Laplacian is averaged over the patches of each tile, sub-pixel
-    by sub-pixel; what differs between sub-pixels is the grid. Noise leaves 1/64 of its energy (a tile has 64 patches of
-    4 pixels), so compare with the original's own. `period` divides 32; both sides are at least 34 pixels.
+    A network that folds pixels into patches, or unfolds features into pixels, can leave a pattern in every patch, most
+    visible where there is nothing else. In the flattest quarter of the original's tiles of 128 pixels (fewer if a side
+    is shorter), the image's Laplacian is averaged over the patches of each tile, sub-pixel by sub-pixel; what differs
+    between sub-pixels is the grid. Noise leaves a share of its energy, one over the patches of a tile, so compare with
+    the original's own. Both sides are at least 32 pixels.
     """
     tiles, flatness = _laplacian_tiles(image), np.mean(_laplacian_tiles(original) ** 2, (1, 2))
     flat = tiles[np.argsort(flatness, kind="stable")[: max(1, len(tiles) // 4)]]
-    pattern = flat.reshape(-1, GRID_TILE // period, period, GRID_TILE // period, period).mean((1, 3))
-    return float(np.mean(np.var(pattern, (1, 2))))
+    energies = {}
+    for period in GRID_PERIODS:
+        rows, columns = (side // period for side in flat.shape[1:])
+        pattern = flat.reshape(-1, rows, period, columns, period).mean((1, 3))
+        energies[period] = float(np.mean(np.var(pattern, (1, 2))))
+    return energies
 
 
-GRID_TILE = 32  # pixels
+GRID_PERIODS = (2, 4, 8, 16, 32)  # pixels; up to the latent's own
+GRID_TILE = 128  # pixels
 
 
 def _laplacian_tiles(image):
-    """[tiles, 32, 32], from images in [-1, 1]."""
+    """[tiles, height, width], from images in [-1, 1]."""
     luma = np.asarray(image, np.float64) @ (127.5 * np.array([0.299, 0.587, 0.114]))
+    luma = np.pad(luma, 1, "edge")
     laplacian = 4 * luma[1:-1, 1:-1] - luma[:-2, 1:-1] - luma[2:, 1:-1] - luma[1:-1, :-2] - luma[1:-1, 2:]
-    rows, columns = (side // GRID_TILE for side in laplacian.shape)
-    laplacian = laplacian[: rows * GRID_TILE, : columns * GRID_TILE]
-    tiles = laplacian.reshape(rows, GRID_TILE, columns, GRID_TILE).transpose(0, 2, 1, 3)
-    return tiles.reshape(-1, GRID_TILE, GRID_TILE)
+    height, width = (min(GRID_TILE, side // GRID_PERIODS[-1] * GRID_PERIODS[-1]) for side in laplacian.shape)
+    rows, columns = laplacian.shape[0] // height, laplacian.shape[1] // width
+    laplacian = laplacian[: rows * height, : columns * width]
+    return laplacian.reshape(rows, height, columns, width).transpose(0, 2, 1, 3).reshape(-1, height, width)

@@ -1,4 +1,4 @@
-"""Contestants against originals: numbers for one picture, means over many, a table to print.
+"""Methods against originals: numbers for one picture, means over many, a table to print.
 
 Everything is scored on 8-bit pictures, as a user gets them.
 """
@@ -11,21 +11,20 @@ from jaxtyping import UInt8
 
 from zipir_jax.config import Task
 from zipir_jax.imageio import to_float
-from zipir_jax.metrics.fidelity import LPIPS_NETS, grid_energy, lpips_to, psnr
+from zipir_jax.metrics.fidelity import GRID_PERIODS, LPIPS_NETS, grid_energy, lpips_to, psnr
 
-BASELINE = "bicubic"  # the contestant that the others are compared with
-GRID_PERIOD = 4  # pixels; the patch of the default weights
+BASELINE = "bicubic"  # the method that the others are compared with
 COLUMNS = (
     "PSNR, dB",
     f"vs {BASELINE}, dB",
     f"LPIPS-VGG16 (/ {BASELINE})",
     f"LPIPS-AlexNet (/ {BASELINE})",
-    "grid / original",
+    "grid / original (period)",
     "s / picture",
 )
 
 # From an LQ picture, uint8 [h, w, 3], and (height, width) in pixels to a picture of that size.
-Contestant = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
+Method = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 
 
 class Reference:
@@ -34,10 +33,10 @@ class Reference:
     def __init__(self, original: UInt8[np.ndarray, "h w 3"]):
         self._original = to_float(original)
         self._distances = {f"lpips_{net}": lpips_to(self._original, net) for net in LPIPS_NETS}
-        self._grid = grid_energy(self._original, self._original, GRID_PERIOD)
+        self._grid = _grid(self._original, self._original, "grid_original_")
 
     def score(self, restored: UInt8[np.ndarray, "h w 3"]) -> dict[str, float]:
-        """{psnr (dB), lpips_alexnet, lpips_vgg16, grid, grid_original}; see `metrics.fidelity`.
+        """{psnr (dB), lpips_alexnet, lpips_vgg16, grid_PERIOD, grid_original_PERIOD}; see `metrics.fidelity`.
 
         Raises ValueError if the picture does not have the original's size.
         """
@@ -47,45 +46,42 @@ class Reference:
         return {
             "psnr": float(psnr(picture[None], self._original[None])[0]),
             **{name: distance(picture) for name, distance in self._distances.items()},
-            "grid": grid_energy(picture, self._original, GRID_PERIOD),
-            "grid_original": self._grid,
+            **_grid(picture, self._original, "grid_"),
+            **self._grid,
         }
 
 
-class Contest:
-    """Lets every contestant restore a picture and takes the time, without that of compiling."""
+def run_methods(
+    methods: dict[str, Method], lq: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], warm: set
+) -> tuple[dict[str, np.ndarray], dict[str, float | None]]:
+    """(pictures, seconds) by method. The first picture of a size, while programs are compiled, has no seconds (None).
 
-    def __init__(self, contestants: dict[str, Contestant]):
-        self._contestants = contestants
-        self._compiled = set()
-
-    def run(
-        self, lq: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]
-    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """(pictures, seconds) by contestant. The first picture of a size is restored twice and timed once."""
-        pictures, seconds = {}, {}
-        for name, restore in self._contestants.items():
-            if (name, size) not in self._compiled:
-                restore(lq, size)
-                self._compiled.add((name, size))
-            start = time.perf_counter()
-            pictures[name] = restore(lq, size)
-            seconds[name] = time.perf_counter() - start
-        return pictures, seconds
+    warm: the methods and sizes that have run; start with an empty set and hand it in again.
+    """
+    pictures, seconds = {}, {}
+    for name, restore in methods.items():
+        start = time.perf_counter()
+        pictures[name] = restore(lq, size)
+        seconds[name] = time.perf_counter() - start if (name, size) in warm else None
+        warm.add((name, size))
+    return pictures, seconds
 
 
-def summarise(scores: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float | None]]:
-    """One row per contestant from one `{contestant: numbers}` per picture; numbers as in `Reference.score`, + seconds.
+def summarise(scores: list[dict[str, dict[str, float | None]]]) -> dict[str, dict[str, float | None]]:
+    """One row per method from one `{method: numbers}` per picture: those of `Reference.score`, and seconds or None.
 
     A row holds means over pictures, and psnr_std (of a sample; None for one picture), psnr_gain (dB over the baseline),
-    lpips_*_ratio (ratio to the baseline's mean) and grid_ratio (ratio to the originals' mean); None where undefined.
+    lpips_*_ratio (ratio to the baseline's mean), grid_ratio (the largest ratio to the originals' mean) and grid_period
+    (where it is); None where undefined.
     """
     rows = {}
-    for contestant in scores[0]:
-        own = [score[contestant] for score in scores]
-        mean = {key: float(np.mean([numbers[key] for numbers in own])) for key in own[0]}
-        base = {key: float(np.mean([score[BASELINE][key] for score in scores])) for key in own[0]}
-        rows[contestant] = {
+    for method in scores[0]:
+        own = [score[method] for score in scores]
+        mean = {key: _mean([numbers[key] for numbers in own]) for key in own[0]}
+        base = {key: _mean([score[BASELINE][key] for score in scores]) for key in own[0]}
+        grids = {p: _ratio(mean[f"grid_{p}"], mean[f"grid_original_{p}"]) for p in GRID_PERIODS}
+        worst = max(GRID_PERIODS, key=lambda p, grids=grids: grids[p] or 0)
+        rows[method] = {
             "psnr": mean["psnr"],
             "psnr_std": float(np.std([n["psnr"] for n in own], ddof=1)) if len(own) > 1 else None,
             "psnr_gain": mean["psnr"] - base["psnr"],
@@ -93,7 +89,8 @@ def summarise(scores: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, 
             "lpips_vgg16_ratio": _ratio(mean["lpips_vgg16"], base["lpips_vgg16"]),
             "lpips_alexnet": mean["lpips_alexnet"],
             "lpips_alexnet_ratio": _ratio(mean["lpips_alexnet"], base["lpips_alexnet"]),
-            "grid_ratio": _ratio(mean["grid"], mean["grid_original"]),
+            "grid_ratio": grids[worst],
+            "grid_period": worst,
             "seconds": mean["seconds"],
         }
     return rows
@@ -102,17 +99,17 @@ def summarise(scores: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, 
 def table(rows: dict[str, dict[str, float | None]]) -> str:
     """The rows of `summarise` as a Markdown table."""
     lines = [["", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
-    for contestant, row in rows.items():
+    for method, row in rows.items():
         spread = "" if row["psnr_std"] is None else f" ± {row['psnr_std']:.2f}"
         lines.append(
             [
-                contestant,
+                method,
                 f"{row['psnr']:.2f}{spread}",
                 f"{row['psnr_gain']:+.2f}",
                 f"{row['lpips_vgg16']:.4f} ({_show(row['lpips_vgg16_ratio'])})",
                 f"{row['lpips_alexnet']:.4f} ({_show(row['lpips_alexnet_ratio'])})",
-                _show(row["grid_ratio"]),
-                f"{row['seconds']:.2f}",
+                f"{_show(row['grid_ratio'])} ({row['grid_period']})",
+                _show(row["seconds"]),
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -130,9 +127,19 @@ def describe(task: Task) -> str:
     return ", ".join(parts)
 
 
+def _grid(image, original, prefix):
+    return {f"{prefix}{period}": energy for period, energy in grid_energy(image, original).items()}
+
+
+def _mean(values):
+    """Of the values that are there; None if none is."""
+    values = [value for value in values if value is not None]
+    return float(np.mean(values)) if values else None
+
+
 def _ratio(a, b):
     return a / b if b else None
 
 
-def _show(ratio):
-    return "-" if ratio is None else f"{ratio:.2f}"
+def _show(value):
+    return "-" if value is None else f"{value:.2f}"

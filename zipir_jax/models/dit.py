@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from zipir_jax.config import DiTConfig
 from zipir_jax.models.attention import attention
+from zipir_jax.models.layers import depth_to_space, space_to_depth
 
 ROTARY_BASE = 10_000.0  # longest wavelength of a rotary frequency, in tokens / (2 pi) (Su et al. 2021)
 FREQUENCY_EMBEDDING = 256  # channels of the sinusoidal timestep embedding (Peebles & Xie 2023)
@@ -163,12 +164,6 @@ class DiT(nnx.Module):
         self.final_modulation = _linear(width, 2 * width, rngs, dtype, zero=True)
         self.head = _linear(width, patch_values, rngs, dtype, zero=True)
 
-    def _tokens(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b n c2"]:
-        p = self.config.patch
-        b, h, w, c = latent.shape
-        x = latent.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
-        return x.reshape(b, (h // p) * (w // p), p * p * c)
-
     def __call__(
         self,
         noisy: Float[Array, "b h w c"],
@@ -177,18 +172,26 @@ class DiT(nnx.Module):
         text: Float[Array, "b l c2"] | None = None,
         text_lengths: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c"]:
-        """Predicted noise, float32. `noisy` and `lq` are whitened latents; `timesteps` lie in [0, 1000).
+        """Predicted noise, float32. `noisy` and `lq` are whitened latents of one shape; `timesteps` lie in [0, 1000).
 
-        Raises ValueError if text is missing from a model with cross-attention, or given to one without.
+        Raises ValueError if text is missing from a model with cross-attention, or given to one without, and for latents
+        of different shapes or of sides that are no multiple of the patch.
         """
         if (text is not None) != bool(self.config.text_width):
             needs = "needs" if self.config.text_width else "has no cross-attention for"
             raise ValueError(f"this DiT {needs} text embeddings")
         p = self.config.patch
-        b, h, w, c = noisy.shape
-        n = (h // p) * (w // p)
-        x = jnp.concatenate([self.embed_noisy(self._tokens(noisy)), self.embed_lq(self._tokens(lq))], 1)
-        angles = rotary_angles(h // p, w // p, self.config.width // self.config.heads)
+        if noisy.shape != lq.shape or noisy.shape[1] % p or noisy.shape[2] % p:
+            raise ValueError(
+                f"latents of shapes {noisy.shape} and {lq.shape}: they must agree, with sides in multiples of {p}"
+            )
+        b, h, w = noisy.shape[0], noisy.shape[1] // p, noisy.shape[2] // p
+
+        def tokens(latent):
+            return space_to_depth(latent, p).reshape(b, h * w, -1)
+
+        x = jnp.concatenate([self.embed_noisy(tokens(noisy)), self.embed_lq(tokens(lq))], 1)
+        angles = rotary_angles(h, w, self.config.width // self.config.heads)
         angles = jnp.concatenate([angles, angles])
         conditioning = self.timestep_out(nnx.swish(self.timestep_in(timestep_embedding(timesteps))))
 
@@ -200,6 +203,5 @@ class DiT(nnx.Module):
         x, _ = jax.lax.scan(body, x, stacked)
 
         shift, scale = jnp.split(self.final_modulation(nnx.swish(conditioning))[:, None], 2, -1)
-        x = self.head(self.norm(x[:, :n]) * (1 + scale) + shift).astype(jnp.float32)
-        x = x.reshape(b, h // p, w // p, p, p, c).transpose(0, 1, 3, 2, 4, 5)
-        return x.reshape(b, h, w, c)
+        x = self.head(self.norm(x[:, : h * w]) * (1 + scale) + shift).astype(jnp.float32)
+        return depth_to_space(x.reshape(b, h, w, -1), p)

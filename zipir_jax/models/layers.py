@@ -1,7 +1,7 @@
 """Building blocks shared by the networks, and the bridge from `flax.nnx` modules to plain dicts of arrays.
 
 Everything here is strictly local: convolutions and norms over the channels of one pixel, never over space, so that
-a network can run in tiles or with its height sharded and give the same image (DESIGN 3.4).
+a network can run in tiles or with its height sharded and give the same image.
 """
 
 import functools
@@ -96,9 +96,10 @@ def bilinear_upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
 
 
 def conv(in_channels, out_channels, rngs, *, dtype, kernel=3, stride=1, zero=False):
-    """A convolution; 'SAME' padding. `zero` starts it at zero (residual branches that begin as the identity)."""
+    """A convolution, padded by (kernel - 1) // 2 on every side. `zero` starts it at zero: a residual branch that begins
+    as the identity."""
     init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
-    # Explicit padding: 'SAME' would pad a strided convolution on one side only and shift the image.
+    # Not "SAME": it pads a strided convolution on one side only and so shifts the image.
     pad = (kernel - 1) // 2
     return nnx.Conv(
         in_channels,
@@ -143,14 +144,16 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Every pixel's channels unfolded into 2 x 2 pixels, added to the bilinear enlargement.
+    """The bilinear enlargement, added to its 3x3 convolution, or to every pixel's channels unfolded into 2 x 2 pixels.
 
     A convolution of an enlarged picture cannot unfold: where the latent is flat its result is flat, whatever the
     channels say.
     """
 
-    def __init__(self, channels, rngs, *, dtype):
-        self.unfold = conv(channels, 4 * channels, rngs, dtype=dtype, kernel=1)
+    def __init__(self, channels, rngs, *, dtype, unfold):
+        self.conv = None if unfold else conv(channels, channels, rngs, dtype=dtype)
+        self.unfold = conv(channels, 4 * channels, rngs, dtype=dtype, kernel=1) if unfold else None
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        return bilinear_upsample(x) + depth_to_space(self.unfold(x), 2)
+        enlarged = bilinear_upsample(x)
+        return enlarged + (self.conv(enlarged) if self.unfold is None else depth_to_space(self.unfold(x), 2))

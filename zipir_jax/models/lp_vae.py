@@ -82,7 +82,7 @@ class Decoder(nnx.Module):
         blocks, ups, previous = [], [], widths[0]
         for i, width in enumerate(widths):
             if i:
-                ups.append(Upsample(previous, rngs, dtype=dtype))
+                ups.append(Upsample(previous, rngs, dtype=dtype, unfold=config.unfold))
             for _ in range(config.blocks_per_scale):
                 blocks.append(ResidualBlock(previous, width, rngs, dtype=dtype))
                 previous = width

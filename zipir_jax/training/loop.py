@@ -2,12 +2,16 @@
 
 import functools
 import itertools
+import math
+import signal
+import sys
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from orbax.checkpoint import CheckpointManager
 from PIL import Image
 from tqdm import tqdm
 
@@ -18,7 +22,9 @@ from zipir_jax.imageio import to_uint8
 from zipir_jax.metrics.fidelity import load_lpips
 from zipir_jax.models.lp_vae import COARSE_FACTOR
 from zipir_jax.training import checkpoint
+from zipir_jax.training.log import MetricsLog
 from zipir_jax.training.losses import LPIPS_SMALLEST, lpips_net
+from zipir_jax.training.signals import delayed_signals
 from zipir_jax.training.stages import STAGES
 from zipir_jax.training.state import create_state, train_step
 from zipir_jax.weights import load_weights, save_weights
@@ -29,7 +35,13 @@ PREVIEW_IMAGES = 4  # rows of a sample grid
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train one stage and return the folder of its weights (EMA), `output`/weights.
 
-    Raises ValueError, before anything is compiled, for a config that cannot work.
+    `resume` goes on from the newest checkpoint, if there is one; the config may differ from its run's in
+    `checkpoint.FREE_FIELDS` alone. Of these only `steps` acts on the numbers: the learning rate follows the new
+    number's schedule from the next step on.
+
+    Raises ValueError, before anything is compiled, for a config that cannot work; and, before anything is saved, if the
+    loss or another metric is not finite. Ctrl-C and SIGTERM let the running step end and save a checkpoint; then
+    KeyboardInterrupt or, for SIGTERM, SystemExit with status 0 is raised.
     """
     # -- check -------------------------------------------------------------------------------------
     output = Path(config.output)
@@ -66,8 +78,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     # A step donates its state; the pretrained weights that a stage starts from must outlive it.
     generator = jax.tree.map(jnp.copy, generator)
     state = create_state(config, generator, keys[1])
+    run = checkpoint.fingerprint(config, needed_weights)
     if resume and checkpoints.latest_step() is not None:
-        state = checkpoint.restore(checkpoints, state, data, config)
+        state = checkpoint.restore(checkpoints, state, data, run)
     lpips = {} if config.stage == "dit" else {"lpips": load_lpips(lpips_net(config.loss.lpips_net))[0]}
 
     # -- loop --------------------------------------------------------------------------------------
@@ -78,28 +91,43 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     preview = jax.jit(functools.partial(stage.preview, config))
     first = step = int(state["step"])
     uses_discriminator = bool(state["params"]["discriminator"])
+    log = MetricsLog(output / "metrics.jsonl", step, config.data.batch_size)
     saved_at = time.monotonic()
-    with tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True) as bar:
-        metrics = None
-        while step < config.steps:
+    waiting = []  # steps and their metrics, still on the device
+    stop = False
+    bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True)
+    with bar, delayed_signals() as received:
+        while step < config.steps and not stop:
             batch = next(data)
             adversarial = uses_discriminator and step >= config.loss.adversarial_start
-            state, new_metrics = step_functions[adversarial](state, frozen | lpips, batch)
+            state, metrics = step_functions[adversarial](state, frozen | lpips, batch)
             step += 1
-            # Metrics are fetched one step late, so that the device has its next step before we wait.
-            if metrics is not None:
-                report(bar, metrics, config.data.batch_size)
-            metrics = new_metrics
             bar.update()
+            stop = bool(received)
+            minutes = (time.monotonic() - saved_at) / 60
+            saving = stop or step == config.steps or minutes > config.checkpoint_minutes
+            # Metrics are fetched one step late, so that the device has its next step before we wait. But no state is
+            # saved before its metrics have been looked at.
+            waiting.append((step, metrics))
+            while len(waiting) > (0 if saving else 1):
+                measured_step, metrics = waiting.pop(0)
+                metrics = fetch(measured_step, metrics, checkpoints)
+                log.add(measured_step, metrics)
+                report(bar, metrics, config.data.batch_size)
             if step % config.sample_every == 0 or step == config.steps:
                 columns = preview(state["ema"], frozen, preview_batch, keys[2])
                 save_grid(output / "samples" / f"{step:07d}.png", columns)
-            if time.monotonic() - saved_at > 60 * config.checkpoint_minutes or step == config.steps:
-                checkpoint.save(checkpoints, step, state, data, config)
+            if saving:
+                log.write()
+                checkpoint.save(checkpoints, step, state, data, run)
                 saved_at = time.monotonic()
+        checkpoints.wait_until_finished()
     if step > first:
-        bar.write(", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items()))
-    checkpoints.wait_until_finished()
+        last = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        print(f"step {step}: {last}", file=sys.stderr)
+    if received:
+        print(f"stopped after step {step}, which is saved: --resume goes on from there", file=sys.stderr)
+        raise KeyboardInterrupt if signal.SIGINT in received else SystemExit(0)
 
     # -- weights -----------------------------------------------------------------------------------
     groups = stage.export(config, state["ema"], frozen, statistics_images())
@@ -128,17 +156,33 @@ def check(config: TrainConfig) -> None:
             raise ValueError(
                 f"data.crop {config.data.crop} gives the losses {side} pixels; they need {smallest}"
             )
-    if not 0 <= config.decoder_noise <= 1:
-        raise ValueError(f"decoder_noise {config.decoder_noise} is not between 0 and 1")
-    if STAGES[config.stage].needs(config) and not config.init_from:
+    needed = STAGES[config.stage].needs(config)
+    if needed and not config.init_from:
         raise ValueError(f"stage {config.stage} needs init_from, the weights of the stage before it")
+    if config.model.dit.text_width and (config.stage == "dit" or "dit" in needed):
+        raise ValueError(
+            f"the training images come without text, and model.dit.text_width is {config.model.dit.text_width}: "
+            f"stage {config.stage} needs a DiT with text_width 0"
+        )
 
 
-def report(bar: tqdm, metrics: dict, batch_size: int) -> None:
+def fetch(step: int, metrics: dict, checkpoints: CheckpointManager) -> dict[str, float]:
+    """Wait for a step's metrics. Raises ValueError, naming the last good checkpoint, if one is not finite."""
+    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            checkpoints.wait_until_finished()
+            good = checkpoints.latest_step()
+            kept = "no checkpoint" if good is None else f"the checkpoint of step {good}, the last good one"
+            raise ValueError(f"step {step}: {name} is {value}; training stopped and left {kept}")
+    return metrics
+
+
+def report(bar: tqdm, metrics: dict[str, float], batch_size: int) -> None:
     """Show the loss and images/s; tqdm itself shows the time left."""
     rate = bar.format_dict["rate"]
     images = f"{rate * batch_size:.1f}" if rate else "?"
-    shown = {k: f"{float(v):.3f}" for k, v in metrics.items() if k in ("loss", "l1", "lpips")}
+    shown = {k: f"{v:.3f}" for k, v in metrics.items() if k in ("loss", "l1", "lpips")}
     bar.set_postfix(shown | {"images/s": images}, refresh=False)
 
 

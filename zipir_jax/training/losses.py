@@ -3,6 +3,8 @@
 After "Taming Transformers" (Esser et al. 2021), which the paper follows through its reference [13].
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -42,19 +44,40 @@ def random_windows(key, side: int, a: Float[Array, "b h w c"], b: Float[Array, "
     return jax.vmap(cut)(a, corners), jax.vmap(cut)(b, corners)
 
 
-def image_gradients(config: TrainConfig, features, head, params, lpips_params, target, key, adversarial):
+def image_gradients(
+    config: TrainConfig,
+    params: dict,
+    *,
+    decoder: Callable,
+    inputs: Callable,
+    target: Float[Array, "b h w 3"],
+    lpips_params: dict,
+    key,
+    adversarial: bool,
+) -> tuple[dict, dict]:
     """Gradients of an image-making network and of its discriminator, in one pass through each.
 
-    `features(generator) -> (features [b, h, w, c], kl [])` is the network without its last layer, and
-    `head(generator, features) -> image [b, h, w, 3]` the last layer. The discriminator's loss counts
-    `adversarial * w`, where w = |dL_rec / dlast layer| / |dL_adv / dlast layer| (Esser et al. 2021, eq. 7). Both
-    gradients are taken at the image and carried on through the last layer alone, so that the weight costs no second
-    backward pass. `adversarial` (a Python bool) is False before the discriminator's start: it is then left out.
+    `inputs(generator) -> (inputs, kl [])` are what the decoder reads, a tuple of arrays, and the KL term.
+    `decoder(generator)` is a module: its `features(*inputs)` [b, h, w, c] are all but its last layer, which `head`
+    applies: `head(features)` is the image, to be like `target`.
+
+    The discriminator's loss counts `loss.adversarial * w`, where w = |dL_rec / dlast layer| / |dL_adv / dlast layer|
+    (Esser et al. 2021, eq. 7). Both gradients are taken at the image and carried on through the last layer alone, so
+    that the weight costs no second backward pass. Before the discriminator's start, `adversarial` is False: it is then
+    left out.
 
     Returns (gradients with the structure of `params`, metrics).
     """
     loss = config.loss
     _, lpips_distance = load_lpips(lpips_net(loss.lpips_net))
+
+    def features(generator):
+        arrays, kl = inputs(generator)
+        return decoder(generator).features(*arrays), kl
+
+    def head(generator, hidden):
+        return decoder(generator).head(hidden)
+
     (hidden, kl), features_vjp = jax.vjp(features, params["generator"])
     image, head_vjp = jax.vjp(head, params["generator"], hidden)
 

@@ -18,11 +18,12 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW for "generator", Adam for "discriminator", each with its gradient's global norm clipped."""
     o = config.optimizer
 
-    def matrices(params):
-        return jax.tree.map(lambda p: p.ndim > 1, params)
+    def kernels(params):
+        # By name: in the DiT's stacked blocks biases and norm scales have two axes as well.
+        return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
     generator = optax.adamw(
-        learning_rate(config), o.beta1, o.beta2, weight_decay=o.weight_decay, mask=matrices
+        learning_rate(config), o.beta1, o.beta2, weight_decay=o.weight_decay, mask=kernels
     )
     # beta1 0.5 as in Isola et al. 2017: the discriminator chases a moving target.
     discriminator = optax.adam(config.loss.discriminator_learning_rate, 0.5, 0.9)

@@ -1,9 +1,13 @@
 """Coarse stage: E_c and D_c learn the 4x smaller image from [z_macro; z_coarse] (paper section 3.1)."""
 
+import functools
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jaxtyping import Array
 
+from zipir_jax.config import TrainConfig
 from zipir_jax.models.layers import area_downsample, bind, init_params
 from zipir_jax.models.lp_vae import (
     COARSE_FACTOR,
@@ -15,59 +19,59 @@ from zipir_jax.models.lp_vae import (
     sample_posterior,
 )
 from zipir_jax.training.losses import image_gradients, kl_divergence
+from zipir_jax.training.statistics import channel_statistics
 
 DEGRADED = False
 
 
-def needs(config):
+def needs(config: TrainConfig) -> tuple[str, ...]:
     return ()
 
 
-def start(config, key, pretrained, images):
+def start(config: TrainConfig, key, pretrained: dict, images: Iterable) -> tuple[dict, dict]:
     keys = jax.random.split(key)
     generator = {
         "coarse_encoder": init_params(Encoder, config.model.lp_vae.coarse, keys[0]),
         "coarse_decoder": init_params(Decoder, config.model.lp_vae.coarse, keys[1]),
     }
-    return generator, {"statistics": macro_statistics(images)}
+    smaller = (area_downsample(batch, FACTOR) for batch in images)
+    return generator, {"statistics": channel_statistics("macro", smaller)}  # mu and sigma of z_macro
 
 
-def macro_statistics(images) -> dict:
-    """Per-channel mean and standard deviation of the 32x smaller images: mu and sigma of z_macro."""
-    values = np.concatenate([area_downsample(batch, FACTOR).reshape(-1, 3) for batch in images])
-    return {
-        "macro_mean": jnp.asarray(values.mean(0, dtype=np.float64), jnp.float32),
-        "macro_std": jnp.asarray(values.std(0, dtype=np.float64), jnp.float32),
-    }
+def _decoder(config, generator):
+    return bind(Decoder, config.model.lp_vae.coarse, generator["coarse_decoder"])
 
 
-def gradients(config, params, frozen, batch, key, adversarial):
-    vae = config.model.lp_vae
+def gradients(
+    config: TrainConfig, params: dict, frozen: dict, batch: dict, key, adversarial: bool
+) -> tuple[dict, dict]:
     image = batch["image"]
     latent_key, loss_key = jax.random.split(key)
 
-    def features(generator):
-        mean, log_variance = coarse_moments(generator, vae, image)
+    def inputs(generator):
+        mean, log_variance = coarse_moments(generator, config.model.lp_vae, image)
         latent = [macro_band(image, frozen["statistics"]), sample_posterior(latent_key, mean, log_variance)]
-        decoder = bind(Decoder, vae.coarse, generator["coarse_decoder"])
-        return decoder.features(jnp.concatenate(latent, -1)), kl_divergence(mean, log_variance)
+        return (jnp.concatenate(latent, -1),), kl_divergence(mean, log_variance)
 
-    def head(generator, hidden):
-        return bind(Decoder, vae.coarse, generator["coarse_decoder"]).head(hidden)
+    return image_gradients(
+        config,
+        params,
+        inputs=inputs,
+        decoder=functools.partial(_decoder, config),
+        target=area_downsample(image, COARSE_FACTOR),
+        lpips_params=frozen["lpips"],
+        key=loss_key,
+        adversarial=adversarial,
+    )
 
-    target = area_downsample(image, COARSE_FACTOR)
-    return image_gradients(config, features, head, params, frozen["lpips"], target, loss_key, adversarial)
 
-
-def preview(config, generator, frozen, batch, key):
-    vae, image = config.model.lp_vae, batch["image"]
-    mean, _ = coarse_moments(generator, vae, image)
+def preview(config: TrainConfig, generator: dict, frozen: dict, batch: dict, key) -> list[Array]:
+    """The 4x smaller image, D_c of its latent."""
+    image = batch["image"]
+    mean, _ = coarse_moments(generator, config.model.lp_vae, image)
     latent = jnp.concatenate([macro_band(image, frozen["statistics"]), mean], -1)
-    return [
-        area_downsample(image, COARSE_FACTOR),
-        bind(Decoder, vae.coarse, generator["coarse_decoder"])(latent),
-    ]
+    return [area_downsample(image, COARSE_FACTOR), _decoder(config, generator)(latent)]
 
 
-def export(config, generator, frozen, images):
+def export(config: TrainConfig, generator: dict, frozen: dict, images: Iterable) -> dict:
     return generator | {"statistics": frozen["statistics"]}

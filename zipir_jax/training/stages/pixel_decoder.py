@@ -5,12 +5,16 @@ the latent space does not change. The paper decodes the clean image's latent; wi
 the DiT predicts from a noisy one, and so learns how far it can trust the DiT.
 """
 
+import functools
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from zipir_jax.diffusion.objective import add_noise, predict_clean
+from zipir_jax.config import TrainConfig
+from zipir_jax.diffusion.objective import add_noise, predict_clean, predict_eps
 from zipir_jax.diffusion.schedule import linear_schedule
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind, init_params
@@ -21,14 +25,18 @@ from zipir_jax.training.losses import image_gradients
 DEGRADED = True
 
 
-def needs(config):
+def needs(config: TrainConfig) -> tuple[str, ...]:
     lp_vae = ("statistics", "coarse_encoder", "fine_encoder", "fine_decoder")
     return (*lp_vae, "dit") if config.decoder_noise else lp_vae
 
 
-def start(config, key, pretrained, images):
+def start(config: TrainConfig, key, pretrained: dict, images: Iterable) -> tuple[dict, dict]:
     params = init_params(PixelDecoder, config.model.lp_vae, key)
     return from_lp_vae(params, pretrained), pretrained
+
+
+def _decoder(config, generator):
+    return bind(PixelDecoder, config.model.lp_vae, generator)
 
 
 def _latent(config, frozen, batch, key):
@@ -43,32 +51,35 @@ def _latent(config, frozen, batch, key):
     timesteps = jax.random.randint(timestep_key, (len(clean),), 0, bound)
     eps = jax.random.normal(noise_key, clean.shape)
     noisy = add_noise(whiten(clean, statistics), eps, timesteps, schedule)
-    predicted = bind(DiT, config.model.dit, frozen["dit"])(noisy, timesteps, lq)
+    dit = bind(DiT, config.model.dit, frozen["dit"])
+    predicted = predict_eps(dit, config.model.diffusion.prediction, schedule)(noisy, timesteps, lq)
     return unwhiten(predict_clean(noisy, predicted, timesteps, schedule), statistics)
 
 
-def gradients(config, params, frozen, batch, key, adversarial):
+def gradients(
+    config: TrainConfig, params: dict, frozen: dict, batch: dict, key, adversarial: bool
+) -> tuple[dict, dict]:
     latent_key, loss_key = jax.random.split(key)
     latent = _latent(config, frozen, batch, latent_key)
 
-    def features(generator):
-        decoder = bind(PixelDecoder, config.model.lp_vae, generator)
-        return decoder.features(latent, batch["lq"]), jnp.zeros(())  # no KL: the latent is given
-
-    def head(generator, hidden):
-        return bind(PixelDecoder, config.model.lp_vae, generator).head(hidden)
-
     return image_gradients(
-        config, features, head, params, frozen["lpips"], batch["image"], loss_key, adversarial
+        config,
+        params,
+        inputs=lambda generator: ((latent, batch["lq"]), jnp.zeros(())),  # no KL: the latent is given
+        decoder=functools.partial(_decoder, config),
+        target=batch["image"],
+        lpips_params=frozen["lpips"],
+        key=loss_key,
+        adversarial=adversarial,
     )
 
 
-def preview(config, generator, frozen, batch, key):
+def preview(config: TrainConfig, generator: dict, frozen: dict, batch: dict, key) -> list[Array]:
     """Degraded image, D_f* from the training latent, from the degraded image's latent; clean image."""
-    decoder = bind(PixelDecoder, config.model.lp_vae, generator)
+    decoder = _decoder(config, generator)
     latents = [_latent(config, frozen, batch, key), encode(frozen, config.model.lp_vae, batch["lq"])]
     return [batch["lq"], *(decoder(latent, batch["lq"]) for latent in latents), batch["image"]]
 
 
-def export(config, generator, frozen, images):
+def export(config: TrainConfig, generator: dict, frozen: dict, images: Iterable) -> dict:
     return {"pixel_decoder": generator}

@@ -1,0 +1,58 @@
+"""Training settings that no run could work with."""
+
+import math
+
+import pytest
+
+from zipir_jax.config import DataConfig, DiscriminatorConfig, LossConfig, OptimizerConfig, TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "wrong", "message"),
+    [
+        (DataConfig, "crop", 0, "crop 0 is not at least 1"),
+        (DataConfig, "batch_size", 0, "batch_size 0 is not at least 1"),
+        (DataConfig, "zoom", (0.0, 1.0), r"zoom \(0.0, 1.0\) is not a rising range within 0.01 to 1"),
+        (DataConfig, "zoom", (0.5, 1.5), r"zoom \(0.5, 1.5\) is not a rising range"),
+        (DataConfig, "zoom", (1.0, 0.5), r"zoom \(1.0, 0.5\) is not a rising range"),
+        (DataConfig, "threads", -1, "threads -1 is not at least 0"),
+        (DataConfig, "cache_gib", -0.5, "cache_gib -0.5 is not at least 0"),
+        (OptimizerConfig, "learning_rate", 0.0, "learning_rate 0.0 is not above 0"),
+        (OptimizerConfig, "learning_rate", math.nan, "learning_rate nan is not above 0"),
+        (OptimizerConfig, "final_learning_rate", -1e-6, "final_learning_rate -1e-06 is not at least 0"),
+        (OptimizerConfig, "warmup_steps", -1, "warmup_steps -1 is not at least 0"),
+        (OptimizerConfig, "weight_decay", -0.1, "weight_decay -0.1 is not at least 0"),
+        (OptimizerConfig, "beta1", 1.0, "beta1 1.0 is not at least 0 and below 1"),
+        (OptimizerConfig, "beta2", -0.1, "beta2 -0.1 is not at least 0 and below 1"),
+        (OptimizerConfig, "clip_norm", 0.0, "clip_norm 0.0 is not above 0"),
+        (LossConfig, "l1", -1.0, "loss weight l1 -1.0 is not at least 0"),
+        (LossConfig, "lpips", -1.0, "loss weight lpips -1.0 is not at least 0"),
+        (LossConfig, "kl", math.nan, "loss weight kl nan is not at least 0"),
+        (LossConfig, "adversarial", -0.5, "loss weight adversarial -0.5 is not at least 0"),
+        (LossConfig, "lpips_net", "resnet", "lpips_net 'resnet' is not one of alexnet, vgg16, auto"),
+        (LossConfig, "lpips_crop", -48, "lpips_crop -48 is not at least 0"),
+        (LossConfig, "adversarial_start", -1, "adversarial_start -1 is not at least 0"),
+        (LossConfig, "discriminator_learning_rate", 0.0, "discriminator_learning_rate 0.0 is not above 0"),
+        (DiscriminatorConfig, "base_channels", 0, "base_channels 0 is not at least 1"),
+        (DiscriminatorConfig, "layers", 0, "layers 0 is not at least 1"),
+        (TrainConfig, "steps", 0, "steps 0 is not at least 1"),
+        (TrainConfig, "seed", -1, "seed -1 is not at least 0"),
+        (TrainConfig, "ema_decay", 1.0, "ema_decay 1.0 is not at least 0 and below 1"),
+        (TrainConfig, "checkpoint_minutes", -1.0, "checkpoint_minutes -1.0 is not at least 0"),
+        (TrainConfig, "sample_every", 0, "sample_every 0 is not at least 1"),
+        (TrainConfig, "statistics_images", 0, "statistics_images 0 is not at least 1"),
+        (TrainConfig, "noise_draws", 0, "noise_draws 0 is not at least 1"),
+        (TrainConfig, "decoder_noise", 1.5, "decoder_noise 1.5 is not between 0 and 1"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_with_its_name_and_value(section, field, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        section(**{field: wrong})
+
+
+def test_settings_at_the_ends_of_their_ranges_are_accepted():
+    DataConfig(crop=1, batch_size=1, zoom=(1.0, 1.0), threads=0, cache_gib=0.0)
+    OptimizerConfig(final_learning_rate=0.0, warmup_steps=0, weight_decay=0.0, beta1=0.0, beta2=0.0)
+    LossConfig(l1=0.0, lpips=0.0, kl=0.0, adversarial=0.0, lpips_net="alexnet", lpips_crop=0)
+    DiscriminatorConfig(base_channels=1, layers=1)
+    TrainConfig(steps=1, seed=0, ema_decay=0.0, checkpoint_minutes=0.0, sample_every=1, decoder_noise=1.0)
