@@ -18,9 +18,9 @@ def config() -> TrainConfig:
         ),
         loss=LossConfig(lpips=0.5, lpips_net="vgg16", lpips_crop=128, adversarial=0.0),
         discriminator=DiscriminatorConfig(base_channels=32, compute_dtype="float32"),
-        decoder_noise=0.5,
-        steps=2700,
+        decoder_noise=1.0,
+        steps=2000,
         ema_decay=0.998,
         checkpoint_minutes=3.0,
-        sample_every=300,
+        sample_every=250,
     )

@@ -31,7 +31,7 @@ STATISTICS = {
 }
 
 
-def tiny_band(latent_channels, decoder_channels, scales, patch):
+def tiny_band(latent_channels, decoder_channels, scales, patch, unfold=False):
     return AutoencoderConfig(
         latent_channels=latent_channels,
         decoder_channels=decoder_channels,
@@ -39,14 +39,15 @@ def tiny_band(latent_channels, decoder_channels, scales, patch):
         multipliers=(1,) * scales,
         blocks_per_scale=1,
         patch=patch,
+        unfold=unfold,
         pixel_channels=4,
         compute_dtype="float32",
     )
 
 
-# The paper's stem, and the one of the default weights.
+# The paper's stem and upsampling, and those of the default weights.
 PLAIN = LPVAEConfig(coarse=tiny_band(9, 12, 4, 1), fine=tiny_band(52, 64, 6, 1))
-PATCHED = LPVAEConfig(coarse=tiny_band(9, 12, 3, 2), fine=tiny_band(52, 64, 4, 4))
+PATCHED = LPVAEConfig(coarse=tiny_band(9, 12, 3, 2, unfold=True), fine=tiny_band(52, 64, 4, 4, unfold=True))
 BOTH = pytest.mark.parametrize("config", [PLAIN, PATCHED], ids=["plain", "patched"])
 BOTH_SIDES = pytest.mark.parametrize(("config", "axis"), [(PLAIN, 2), (PATCHED, 1)], ids=["plain", "patched"])
 
@@ -105,8 +106,10 @@ def decoder_reads(config, low, high):
         low, high = enlarged_reads(low, high)
     for scale in reversed(range(len(config.multipliers))):
         low, high = low - 2 * config.blocks_per_scale, high + 2 * config.blocks_per_scale
-        if scale:
+        if scale and config.unfold:
             low, high = (low - 1) // 2, (high + 1) // 2  # bilinear, from the two nearest pixels
+        elif scale:
+            low, high = enlarged_reads(low, high)
     return low - 1, high + 1  # stem
 
 

@@ -47,6 +47,7 @@ def shallow_band(latent_channels, decoder_channels, patch):
         multipliers=(1, 1),
         blocks_per_scale=1,
         patch=patch,
+        unfold=True,
         pixel_channels=2,
         compute_dtype="float32",
     )
