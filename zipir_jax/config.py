@@ -222,8 +222,8 @@ class AutoencoderConfig:
     multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of base_channels, one per scale, highest resolution first
     blocks_per_scale: int = 2
     patch: int = 1  # pixels; the image is folded into patches before the first scale (1 in the paper)
-    # Upsampling also unfolds the channels of a pixel into 2 x 2 pixels: learns far sooner, but sub-pixels have weights
-    # of their own, a risk of grids at full resolution. Off: bilinear enlargement and a 3x3 convolution alone.
+    # Upsampling unfolds the channels of a pixel into 2 x 2 pixels instead of convolving the enlarged ones: learns far
+    # sooner where a latent pixel holds many, see docs/decisions.md.
     unfold: bool = False
     pixel_channels: int = 12  # of the decoder at full resolution, twice as many at half; only where patch > 1
     compute_dtype: str = "bfloat16"

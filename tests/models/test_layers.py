@@ -17,6 +17,7 @@ from zipir_jax.models.layers import (
     count_params,
     depth_to_space,
     init_params,
+    smooth,
     space_to_depth,
 )
 from zipir_jax.models.lp_vae import Encoder
@@ -114,18 +115,29 @@ def test_depth_to_space_is_the_inverse_of_space_to_depth(image, patch):
 
 def test_upsample_adds_what_it_unfolds_to_the_bilinear_picture(image):
     layer = Upsample(3, nnx.Rngs(0), dtype="float32", unfold=True)
-    added = np.asarray(layer(image) - bilinear_upsample(image))
     unfolded = np.asarray(layer.unfold(image)).reshape(2, 12, 20, 2, 2, 3)
+    pixels = np.zeros((2, 24, 40, 3), np.float32)
     for row in (0, 1):
         for column in (0, 1):
-            np.testing.assert_allclose(added[:, row::2, column::2], unfolded[..., row, column, :], atol=1e-6)
+            pixels[:, row::2, column::2] = unfolded[..., row, column, :]
+    expected = bilinear_upsample(image) + smooth(jnp.asarray(pixels))
+    np.testing.assert_allclose(layer(image), expected, atol=1e-6)
+    # Nearest neighbours, smoothed, are the bilinear enlargement: the two summands share one filter.
+    np.testing.assert_allclose(smooth(image.repeat(2, 1).repeat(2, 2)), bilinear_upsample(image), atol=1e-6)
 
 
-def test_upsample_without_unfolding_treats_all_pixels_alike(image):
-    """Whatever its weights, what is flat before is flat after: no grid."""
+def test_upsample_without_unfolding_is_a_convolution_of_the_enlargement(image):
     layer = Upsample(3, nnx.Rngs(0), dtype="float32", unfold=False)
     enlarged = bilinear_upsample(image)
     np.testing.assert_allclose(layer(image), enlarged + layer.conv(enlarged), atol=1e-6)
+
+
+@pytest.mark.parametrize("unfold", [False, True])
+def test_upsample_leaves_what_is_flat_flat(unfold):
+    """Whatever its weights and biases: no grid."""
+    layer = Upsample(3, nnx.Rngs(0), dtype="float32", unfold=unfold)
+    learned = layer.unfold if unfold else layer.conv
+    learned.bias[...] = jax.random.normal(jax.random.key(0), learned.bias.shape)
     flat = layer(jnp.broadcast_to(jnp.array([0.3, -0.5, 0.9]), (1, 6, 6, 3)))[:, 2:-2, 2:-2]
     np.testing.assert_allclose(flat, np.broadcast_to(flat[:, :1, :1], flat.shape), atol=1e-6)
 

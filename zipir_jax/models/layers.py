@@ -95,6 +95,17 @@ def bilinear_upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     return x
 
 
+def smooth(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """[1 2 1] / 4 along both sides, edges repeated. What alternates from pixel to pixel vanishes, by 1 - 2 + 1 = 0."""
+    for axis in (1, 2):
+        size = x.shape[axis]
+        padded = jnp.pad(x, [(int(i == axis),) * 2 for i in range(4)], "edge")
+        before = jax.lax.slice_in_dim(padded, 0, size, axis=axis)
+        after = jax.lax.slice_in_dim(padded, 2, size + 2, axis=axis)
+        x = 0.5 * x + 0.25 * (before + after)
+    return x
+
+
 def conv(in_channels, out_channels, rngs, *, dtype, kernel=3, stride=1, zero=False):
     """A convolution, padded by (kernel - 1) // 2 on every side. `zero` starts it at zero: a residual branch that begins
     as the identity."""
@@ -147,7 +158,8 @@ class Upsample(nnx.Module):
     """The bilinear enlargement, added to its 3x3 convolution, or to every pixel's channels unfolded into 2 x 2 pixels.
 
     A convolution of an enlarged picture cannot unfold: where the latent is flat its result is flat, whatever the
-    channels say.
+    channels say. What is unfolded is smoothed, as nearest neighbours would be to make them bilinear: a pattern that is
+    the same in every 2 x 2 pixels, a grid, does not survive it.
     """
 
     def __init__(self, channels, rngs, *, dtype, unfold):
@@ -156,4 +168,6 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         enlarged = bilinear_upsample(x)
-        return enlarged + (self.conv(enlarged) if self.unfold is None else depth_to_space(self.unfold(x), 2))
+        if self.unfold is None:
+            return enlarged + self.conv(enlarged)
+        return enlarged + smooth(depth_to_space(self.unfold(x), 2))
