@@ -1,9 +1,11 @@
 """Small model, stage 4 of 4: the pixel-aware decoder, on latents that the DiT predicts.
 
 python -m zipir_jax.train --config configs/small_pixel_decoder.py --data.folder PHOTOS
+
+Two CPU cores: 2000 steps in @@ minutes, to an L1 of @@ and an LPIPS of @@.
 """
 
-from zipir_jax.config import MODELS, DataConfig, DiscriminatorConfig, LossConfig, OptimizerConfig, TrainConfig
+from zipir_jax.config import MODELS, DataConfig, LossConfig, OptimizerConfig, TrainConfig
 
 
 def config() -> TrainConfig:
@@ -17,7 +19,6 @@ def config() -> TrainConfig:
             learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=100, weight_decay=0.01, beta2=0.99
         ),
         loss=LossConfig(lpips=0.5, lpips_net="vgg16", lpips_crop=128, adversarial=0.0),
-        discriminator=DiscriminatorConfig(base_channels=32, compute_dtype="float32"),
         decoder_noise=1.0,
         steps=2000,
         ema_decay=0.998,

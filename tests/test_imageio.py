@@ -1,6 +1,10 @@
+import errno
 import os
 import stat
-import threading
+import struct
+import subprocess
+import sys
+import zlib
 
 import jax
 import numpy as np
@@ -181,51 +185,54 @@ def test_bad_inputs_are_named(smooth, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
-def test_our_limit_takes_the_place_of_pillows_while_a_picture_is_read(smooth, tmp_path, monkeypatch, suffix):
+def test_a_picture_of_too_many_pixels_is_refused(smooth, tmp_path, monkeypatch, suffix):
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(smooth).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # 960 pixels are an error for Pillow
-    assert read_image(path).shape == (24, 40, 3)
     monkeypatch.setattr(imageio, "LARGEST_PIXELS", 960)
     assert read_image(path).shape == (24, 40, 3)
-    assert Image.MAX_IMAGE_PIXELS == 100
     monkeypatch.setattr(imageio, "LARGEST_PIXELS", 959)
-    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ValueError) as raised:
-        read_image(path)
-    assert str(raised.value) == f"{path}: more than 959 pixels, the most that is read (40 x 24 pixels)"
-    monkeypatch.setattr(imageio, "LARGEST_PIXELS", 400)  # less than half: Pillow itself refuses
+    for read in (read_image, stored_size):
+        with pytest.raises(ValueError) as raised:
+            read(path)
+        assert str(raised.value) == f"{path}: more than 959 pixels, the most that is read (40 x 24 pixels)"
+    monkeypatch.setattr(imageio, "LARGEST_PIXELS", 400)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # less than half: Pillow itself refuses
     for read in (read_image, stored_size):
         with pytest.raises(
             ValueError, match=r"a\.\w+: more than 400 pixels, the most that is read \(.*960 pixels"
         ):
             read(path)
-    assert Image.MAX_IMAGE_PIXELS == 100
 
 
 def test_the_largest_picture_that_can_be_read_is_as_large_as_a_result():
     assert imageio.LARGEST_PIXELS == 16384**2
-    assert imageio.LARGEST_PIXELS > 2 * Image.MAX_IMAGE_PIXELS  # which Pillow refuses
+    assert Image.MAX_IMAGE_PIXELS == imageio.LARGEST_PIXELS  # Pillow's own limit is a third of it
 
 
-def test_threads_share_the_limit(smooth, tmp_path, monkeypatch):
-    """One that is done early does not take the limit from one that is still reading."""
+def test_a_refused_picture_is_not_warned_of_as_well(smooth, tmp_path):
     write_image(tmp_path / "a.png", smooth)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    opened, go_on = threading.Event(), threading.Event()
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[16:24] = struct.pack(">II", 20000, 20000)  # width and height in the header, and its checksum
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "a.png").write_bytes(data)
+    # In a process of its own: pytest has other filters of warnings.
+    code = "import sys; from zipir_jax.imageio import stored_size; stored_size(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    assert "a.png: more than 268435456 pixels, the most that is read (20000 x 20000 pixels)" in printed
+    assert "Warning" not in printed
 
-    def slow():
-        with imageio._opened(tmp_path / "a.png"):
-            opened.set()
-            go_on.wait(60)
 
-    thread = threading.Thread(target=slow)
-    thread.start()
-    assert opened.wait(60)
-    read_image(tmp_path / "a.png")
-    assert Image.MAX_IMAGE_PIXELS == imageio.LARGEST_PIXELS
-    go_on.set()
-    thread.join()
-    assert Image.MAX_IMAGE_PIXELS == 100
+def test_a_file_that_may_not_be_read_is_not_called_damaged(smooth, tmp_path, monkeypatch):
+    def refuse(*args):  # root may read anything
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    write_image(tmp_path / "a.png", smooth)
+    monkeypatch.setattr(Image, "open", refuse)
+    for read in (read_image, read_image_uint8, stored_size):
+        with pytest.raises(ValueError) as raised:
+            read(tmp_path / "a.png")
+        assert str(raised.value) == f"{tmp_path / 'a.png'}: cannot be read (no permission)"
 
 
 def test_a_picture_that_does_not_fit_into_memory_is_named(smooth, tmp_path, monkeypatch):
@@ -283,7 +290,17 @@ def test_resize_names_a_wrong_argument():
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("encoder"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "disk full"),
+        OSError("disk full"),
+        ValueError("disk full"),
+        RuntimeError("encoder"),
+        KeyboardInterrupt(),
+    ],
+    ids=repr,
+)
 def test_a_failed_write_leaves_what_was_there(smooth, tmp_path, monkeypatch, error):
     write_image(tmp_path / "old.png", smooth)
     before = (tmp_path / "old.png").read_bytes()
@@ -293,7 +310,7 @@ def test_a_failed_write_leaves_what_was_there(smooth, tmp_path, monkeypatch, err
         raise error
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    expected = ValueError if isinstance(error, OSError) else type(error)
+    expected = ValueError if isinstance(error, OSError | ValueError) else type(error)
     for name in ("old.png", "new.png"):
         with pytest.raises(expected) as raised:
             write_image(tmp_path / name, smooth)
@@ -336,6 +353,20 @@ def test_unknown_format_is_named(smooth, tmp_path, name):
         write_image(tmp_path / name, smooth)
     assert str(tmp_path / name) in str(raised.value)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_webp_file_too_large_for_its_format_is_refused(tmp_path):
+    for size in [(1, 16384), (16384, 1)]:
+        with pytest.raises(ValueError) as raised:
+            write_image(tmp_path / "new" / "a.webp", np.zeros((*size, 3), np.uint8))
+        assert str(raised.value) == (
+            f"{tmp_path / 'new' / 'a.webp'}: {size[1]} x {size[0]} pixels, but a side of a WebP file is at most 16383; "
+            "write a PNG or JPEG file"
+        )
+    assert os.listdir(tmp_path) == []
+    write_image(tmp_path / "a.webp", np.zeros((1, 16383, 3), np.uint8))
+    write_image(tmp_path / "a.jpg", np.zeros((1, 16384, 3), np.uint8))
+    assert stored_size(tmp_path / "a.webp") == (1, 16383) and stored_size(tmp_path / "a.jpg") == (1, 16384)
 
 
 def test_a_written_file_has_ordinary_permissions(smooth, tmp_path):

@@ -18,7 +18,9 @@ from zipir_jax import sample
 from zipir_jax.config import MODELS, SamplingConfig
 from zipir_jax.imageio import read_image, to_float, to_uint8, write_image
 from zipir_jax.models.dit import DiT
-from zipir_jax.models.layers import abstract_params
+from zipir_jax.models.layers import abstract_params, bind
+from zipir_jax.models.lp_vae import encode
+from zipir_jax.models.pixel_decoder import PixelDecoder
 from zipir_jax.restorer import PHASES, Restorer, check_image, pad_by_reflection, target_size
 from zipir_jax.weights import save_weights
 
@@ -92,6 +94,26 @@ def test_output_format_is_that_of_the_suffix(photo, restore, tmp_path, suffix):
     output = tmp_path / f"restored{suffix}"
     assert restore("--input", photo, "--output", output, "--scale", "1")[0] == 0
     assert Image.open(output).format == {".jpg": "JPEG", ".webp": "WEBP"}[suffix]
+
+
+def test_what_goes_into_a_folder_has_the_format_that_is_asked_for(photo, photograph, restore, tmp_path):
+    for name in ("a.png", "a.jpg"):
+        write_image(tmp_path / "in" / name, photograph)
+    arguments = ["--output", tmp_path / "out", "--scale", "1", "--format"]
+    assert restore("--input", tmp_path / "in", *arguments, "webp")[0] == 0
+    assert restore("--input", photo, *arguments, "jpg")[0] == 0
+    formats = {path.name: Image.open(path).format for path in (tmp_path / "out").iterdir()}
+    assert formats == {"a.jpg.webp": "WEBP", "a.png.webp": "WEBP", "photo.jpg": "JPEG"}
+
+
+def test_the_format_of_an_output_file_follows_from_its_name(photo, tmp_path):
+    assert sample.plan(photo, tmp_path / "a.webp", "jpg") == [(photo, tmp_path / "a.webp")]
+    assert sample.plan(photo, tmp_path / "new", "jpg") == [(photo, tmp_path / "new" / "photo.jpg")]
+
+
+def test_an_unknown_format_is_refused(photo, restore, tmp_path):
+    status, out, err = restore("--input", photo, "--output", tmp_path / "out", "--format", "gif")
+    assert status == 2 and out == "" and "gif" in err and "png" in err
 
 
 def test_a_file_goes_into_a_folder_under_its_name(photo, restore, tmp_path):
@@ -281,7 +303,7 @@ def test_impossible_pictures(photo, restore, tmp_path):
     assert status == 2 and out == ""
     assert err == f"error: {tmp_path / 'text.png'}: not an image that can be read"
     status, out, err = restore("--input", photo, "--output", tmp_path / "out.png", "--scale", "600")
-    assert status == 2 and err == "error: 18000 x 14400 pixels: a side must lie within 1 to 16384"
+    assert status == 2 and err == f"error: {photo}: 18000 x 14400 pixels: a side must lie within 1 to 16384"
 
 
 def test_impossible_weights(photo, restore, tiny_weights, tmp_path):
@@ -386,15 +408,18 @@ def test_phases_without_diffusion(restorer, photograph):
 
 
 def test_the_padding_does_not_reach_the_result(restorer, photograph):
-    """30 pixels are padded to 32 by their mirror image; a picture that holds that mirror image needs no padding."""
+    """24 x 30 pixels get 32 and more on all sides; what is cropped out is what the networks made of them."""
     padded = pad_by_reflection(to_float(photograph)[None])
-    assert padded.shape == (1, 32, 32, 3)
-    np.testing.assert_array_equal(padded[0, :24, :30], to_float(photograph))
-    np.testing.assert_array_equal(padded[0, 24:], padded[0, 22:14:-1])
-    np.testing.assert_array_equal(padded[0, :, 30:], padded[0, :, 28:26:-1])
-    whole = restorer.restore(padded[0], scale=1, sampling=FAST)
-    cropped = restorer.restore(to_float(photograph), scale=1, sampling=FAST)
-    np.testing.assert_array_equal(whole[:24, :30], cropped)
+    assert padded.shape == (1, 96, 96, 3)
+    inner = padded[0, 32:64, 32:64]
+    np.testing.assert_array_equal(inner[:24, :30], to_float(photograph))
+    np.testing.assert_array_equal(inner[24:], inner[22:14:-1])
+    np.testing.assert_array_equal(inner[:, 30:], inner[:, 28:26:-1])
+    np.testing.assert_array_equal(padded[0, 31:9:-1, 32:62], padded[0, 33:55, 32:62])
+    weights, lp_vae = restorer.weights, restorer.config.lp_vae
+    whole = bind(PixelDecoder, lp_vae, weights["pixel_decoder"])(encode(weights, lp_vae, padded), padded)
+    restored = restorer.restore(to_float(photograph), scale=1, denoise=False)
+    np.testing.assert_allclose(restored[None], np.clip(whole, -1, 1)[:, 32:56, 32:62], atol=1e-4)
 
 
 def out_of_memory():
@@ -447,7 +472,7 @@ def test_a_folder_goes_on_after_a_picture_too_large_for_the_memory(
         *("--weights", tiny_weights, "--steps", 2),
     )
     assert (status, out) == (1, "restored 1, skipped 1\n")
-    assert "skipped: 30 x 48 pixels need more memory than there is" in err
+    assert f"skipped: {tmp_path / 'in' / 'a.png'}: 30 x 48 pixels need more memory than there is" in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
 
 

@@ -1,4 +1,6 @@
 import json
+import os
+import stat
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +103,17 @@ def test_saving_again_replaces_the_old_weights(tiny_model, tiny_weights, tmp_pat
     doubled = jax.tree.map(lambda p: 2 * p, weights)
     save_weights(tmp_path, tiny_model, doubled)
     jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path, GROUPS)[1], doubled)
+
+
+def test_weights_have_ordinary_permissions(tiny_model, tmp_path):
+    statistics = {key: jnp.zeros(s.shape) for key, s in abstract_weights(tiny_model)["statistics"].items()}
+    previous = os.umask(0o027)
+    try:
+        save_weights(tmp_path, tiny_model, {"statistics": statistics})
+    finally:
+        os.umask(previous)
+    for file in ("config.json", "model.safetensors"):
+        assert stat.S_IMODE((tmp_path / file).stat().st_mode) == 0o640
 
 
 def test_a_tensor_of_another_shape_is_named(altered):

@@ -278,6 +278,8 @@ class DiTConfig:
                 f"width {self.width} over {self.heads} heads is not a multiple of 4 channels a head, "
                 "which 2-D rotary positions need"
             )
+        if self.attention not in ("xla", "cudnn"):
+            raise ValueError(f"attention {self.attention!r} is neither xla nor cudnn")
 
     @property
     def modulations(self) -> int:

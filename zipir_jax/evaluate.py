@@ -73,7 +73,9 @@ def evaluate(
     """
     tasks = parse_tasks(task)
     paths = find_photographs(hq, photo, limit)
-    for folder in (output and output.parent, pictures):  # an error now, not after an hour's work
+    for path in paths:  # a damaged or too small picture ends it now, not after an hour's work
+        read_original(path)
+    for folder in (output and output.parent, pictures):
         if folder is not None:
             check_writable(folder)
     # Importing jax takes seconds; bad arguments should not wait for it.

@@ -2,8 +2,8 @@
 
 import contextlib
 import os
-import tempfile
-import threading
+import secrets
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +16,13 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 OUTPUT_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 LARGEST_SIDE = 16384  # pixels of a result; beyond any size that the model is made for (8K)
 LARGEST_PIXELS = LARGEST_SIDE**2  # of a picture that is read: 268 million, as many as a result can have
+LARGEST_WEBP_SIDE = 16383  # pixels; the format has 14 bits for a side
+
+# Pillow warns above 89 million pixels and refuses twice as many, to guard servers against small files that unpack to
+# huge pictures. It leaves the limit to the application; ours is what a result can have. Its warning would only stand
+# before our own refusal of the same picture.
+Image.MAX_IMAGE_PIXELS = LARGEST_PIXELS
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def list_images(folder: Path, recursive: bool = False) -> list[Path]:
@@ -40,7 +47,8 @@ def read_image(path: str | Path) -> Float32[np.ndarray, "h w 3"]:
     """An image file as float32 [h, w, 3] in [-1, 1], turned upright as its EXIF orientation says.
 
     Grey and palette images become RGB; alpha is dropped; 16-bit grey keeps its precision. Raises ValueError, with the
-    path in it, for a file that is missing, empty, truncated, no image, or of more than `LARGEST_PIXELS` pixels.
+    path in it, for a file that is missing, not readable, empty, truncated, no image, or of more than `LARGEST_PIXELS`
+    pixels.
     """
     pixels = _decode(path)
     return to_float(pixels) if pixels.dtype == np.uint8 else pixels * 2 - 1
@@ -86,7 +94,7 @@ def _opened(path) -> Iterator[Image.Image]:
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
     try:
-        with _pillow_reads_larger_pictures(), Image.open(path) as image:
+        with Image.open(path) as image:
             if image.width * image.height > LARGEST_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             yield image
@@ -98,30 +106,10 @@ def _opened(path) -> Iterator[Image.Image]:
         ) from None
     except MemoryError:
         raise ValueError(f"{path}: the image does not fit into memory") from None
+    except PermissionError:
+        raise ValueError(f"{path}: cannot be read (no permission)") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: the image is damaged ({error})") from None
-
-
-_reading = 0  # pictures that are being read, in all threads
-_reading_lock = threading.Lock()
-_limit_before = None
-
-
-@contextlib.contextmanager
-def _pillow_reads_larger_pictures():
-    """Pillow's limit, 89 million pixels, is ours while any thread is inside, and then what it was."""
-    global _reading, _limit_before
-    with _reading_lock:
-        if not _reading:
-            _limit_before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, LARGEST_PIXELS
-        _reading += 1
-    try:
-        yield
-    finally:
-        with _reading_lock:
-            _reading -= 1
-            if not _reading:
-                Image.MAX_IMAGE_PIXELS = _limit_before
 
 
 def to_uint8(image: Float32[np.ndarray, "*b h w c"]) -> UInt8[np.ndarray, "*b h w c"]:
@@ -173,29 +161,37 @@ def check_dtype_and_shape(image: object) -> None:
 def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]) -> None:
     """Write an image, uint8 or float32 in [-1, 1], as PNG, JPEG (quality 95) or lossless WebP, by the path's suffix.
 
-    The file appears whole or not at all. Raises ValueError for another suffix or a folder that cannot be written.
+    The file appears whole or not at all. Raises ValueError, with the path in it, for another suffix, a size that the
+    format cannot hold, or a folder that cannot be written.
     """
     path = Path(path)
     file_format = OUTPUT_FORMATS.get(path.suffix.lower())
     if file_format is None:
         raise ValueError(f"{path}: the output must end in one of {', '.join(OUTPUT_FORMATS)}")
+    height, width = image.shape[:2]
+    if file_format == "WEBP" and max(height, width) > LARGEST_WEBP_SIDE:
+        raise ValueError(
+            f"{path}: {width} x {height} pixels, but a side of a WebP file is at most {LARGEST_WEBP_SIDE}; "
+            "write a PNG or JPEG file"
+        )
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(file_format, {})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        # Not by tempfile: its files are their owner's alone, and the umask cannot be asked for without setting it.
+        temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+        file = temporary.open("xb")
     except OSError as error:
         raise ValueError(f"{path.parent}: cannot be written to ({error.strerror})") from None
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             Image.fromarray(image if image.dtype == np.uint8 else to_uint8(image)).save(
                 file, file_format, **options
             )
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:  # Pillow's encoders raise either
+        raise ValueError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -205,9 +201,3 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"{folder}: cannot be written to ({existing} is not a folder)")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"{folder}: cannot be written to (no permission to write in {existing})")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -23,7 +23,7 @@ def preview(
     """Draw clean images beside their degraded partners on one contact sheet.
 
     Args:
-        input: folder of images
+        input: folder of images; its subfolders are searched as well
         output: image file to write
         count: pairs on the sheet; where the folder holds fewer images, they are shown again with other seeds
         seed: of the choice of images and of their degradations
@@ -37,7 +37,7 @@ def preview(
         raise ValueError(f"crop is {crop} pixels; it must be at least {MINIMUM_SIDE}.")
     if not input.is_dir():
         raise ValueError(f"{input} is not a folder.")
-    paths = imageio.list_images(input)
+    paths = imageio.list_images(input, recursive=True)  # as training does
     if not paths:
         raise ValueError(f"{input} holds no images.")
     chosen = np.random.default_rng(seed).permutation(len(paths))[:count]
@@ -58,8 +58,12 @@ def export(weights: Path, output: Path) -> None:
 
     Args:
         weights: folder of weights, as training leaves them
-        output: folder to write
+        output: folder to write, another one
     """
+    if weights.exists() and output.exists() and output.samefile(weights):
+        raise ValueError(
+            f"{output}: the export would replace the weights that it is made of; choose another output."
+        )
     import jax.numpy as jnp  # takes seconds, and preview does not need it
     from jax import tree
 

@@ -30,6 +30,7 @@ from zipir_jax.models.pixel_decoder import PixelDecoder
 from zipir_jax.weights import load_weights
 
 NEEDED = ("statistics", "coarse_encoder", "fine_encoder", "dit", "pixel_decoder")
+MARGIN = FACTOR  # pixels; the outermost ones, where convolutions meet their padding of zeros, show a frame
 PHASES = ("encode", "denoise", "decode")  # that `Restorer.restore` reports, in this order
 
 
@@ -129,7 +130,8 @@ class Restorer:
                 )
             progress("decode")
             restored = _decode(self.config, self.weights, jax.block_until_ready(latent), lq)
-            restored = np.clip(np.asarray(restored)[:, :height, :width], -1, 1)
+            restored = np.asarray(restored)[:, MARGIN : MARGIN + height, MARGIN : MARGIN + width]
+            restored = np.clip(restored, -1, 1)
             restored = restored[0] if image.ndim == 3 else restored
             return to_uint8(restored) if is_bytes else restored
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -222,6 +224,6 @@ def target_size(
 
 
 def pad_by_reflection(image: Float32[np.ndarray, "b h w c"]) -> Float32[np.ndarray, "b h2 w2 c"]:
-    """Continue an image to the right and below by its mirror image, to sides that are multiples of 32."""
-    bottom, right = (-side % FACTOR for side in image.shape[1:3])
-    return np.pad(image, ((0, 0), (0, bottom), (0, right), (0, 0)), "reflect")
+    """Continue an image on all sides by its mirror image, by MARGIN or more, to sides that are multiples of 32."""
+    rows, columns = ((MARGIN, MARGIN + -side % FACTOR) for side in image.shape[1:3])
+    return np.pad(image, ((0, 0), rows, columns, (0, 0)), "reflect")

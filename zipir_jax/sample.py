@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from tqdm import tqdm
@@ -26,6 +27,7 @@ def restore_files(
     output: Path,
     scale: float | None = None,
     size: str | None = None,
+    format: Literal["png", "jpg", "webp"] = "png",
     weights: str = "default",
     seed: int = 0,
     overwrite: bool = False,
@@ -35,9 +37,10 @@ def restore_files(
 
     Args:
         input: image file or folder
-        output: image file (.png, .jpg, .webp) or folder; a folder gets PNG files
+        output: image file (.png, .jpg, .webp) or folder
         scale: output size / input size, any positive number; 4 if no size is given
         size: output size in pixels, WIDTHxHEIGHT
+        format: of results that go into a folder; an output file's follows from its name
         weights: folder of weights
         seed: of the noise that the sampler starts from; the same seed gives the same bytes
         overwrite: replace output files that exist
@@ -46,7 +49,7 @@ def restore_files(
     target = None if size is None else parse_size(size)
     if scale is None and target is None:
         scale = 4.0
-    jobs = plan(input, output)
+    jobs = plan(input, output, format)
     check_outputs(jobs, may_exist=overwrite or input.is_dir())  # in a folder, what exists is skipped below
     # Importing jax takes seconds; bad arguments should not wait for it.
     from zipir_jax.restorer import PHASES, Restorer, check_sampling, target_size
@@ -68,14 +71,13 @@ def restore_files(
             try:
                 if destination.exists() and not overwrite:
                     raise ValueError(f"{destination}: {EXISTS}")
-                restored = restorer.restore(
-                    read_image(source),
-                    scale=scale,
-                    size=target,
-                    sampling=sampling,
-                    seed=seed,
-                    progress=progress,
-                )
+                image = read_image(source)
+                try:
+                    restored = restorer.restore(
+                        image, scale=scale, size=target, sampling=sampling, seed=seed, progress=progress
+                    )
+                except ValueError as error:  # the restorer knows no files; reading and writing name theirs
+                    raise ValueError(f"{source}: {error}") from error
                 write_image(destination, restored)
             except ValueError as error:
                 if not input.is_dir():
@@ -87,13 +89,16 @@ def restore_files(
     return 1 if failures else 0
 
 
-def plan(input: Path, output: Path) -> list[tuple[Path, Path]]:
-    """(source, destination) of every picture. Raises ValueError if there is none, or the output cannot be."""
+def plan(input: Path, output: Path, format: str) -> list[tuple[Path, Path]]:
+    """(source, destination) of every picture. Raises ValueError if there is none, or the output cannot be.
+
+    format: suffix, without its dot, of destinations that the output does not name.
+    """
     if not input.is_dir():
         if not input.exists():
             raise ValueError(f"{input}: no such file or folder")
         if output.is_dir() or not output.suffix:
-            return [(input, output / f"{input.stem}.png")]
+            return [(input, output / f"{input.stem}.{format}")]
         if output.suffix.lower() not in OUTPUT_FORMATS:
             raise ValueError(f"{output}: the output must end in one of {', '.join(OUTPUT_FORMATS)}")
         return [(input, output)]
@@ -103,7 +108,7 @@ def plan(input: Path, output: Path) -> list[tuple[Path, Path]]:
     if not sources:
         raise ValueError(f"{input} holds no images")
     return [
-        (source, output / f"{name}.png")
+        (source, output / f"{name}.{format}")
         for source, name in zip(sources, distinct_names(sources), strict=True)
     ]
 

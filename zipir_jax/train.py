@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from zipir_jax.command_line import parse, run
+from zipir_jax.command_line import cache_compiled_programs, parse, run
 from zipir_jax.config import TrainConfig
 
 
@@ -47,6 +47,7 @@ def main(arguments: list[str]) -> None:
             train,  # importing jax takes seconds; bad arguments should not wait
         )
 
+        cache_compiled_programs()
         print(f"weights: {train(config, options.resume)}")
 
     parse(

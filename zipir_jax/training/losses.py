@@ -118,4 +118,5 @@ def image_gradients(
         "generator": jax.tree.map(jnp.add, head_gradient, body_gradient),
         "discriminator": discriminator_gradient,
     }
-    return gradients, metrics | {"loss": total + loss.kl * kl / values_per_image}
+    kl = kl / values_per_image
+    return gradients, metrics | {"kl": kl, "loss": total + loss.kl * kl}

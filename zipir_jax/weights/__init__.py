@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
-from safetensors.flax import load_file, save_file
+from safetensors.flax import load_file, save
 
 from zipir_jax.config import ModelConfig
 from zipir_jax.models.dit import DiT
@@ -48,7 +48,7 @@ def save_weights(folder: Path, config: ModelConfig, weights: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {".".join(path): jnp.asarray(leaf) for path, leaf in flatten_dict(weights).items()}
     temporary = folder / ".model.safetensors"
-    save_file(tensors, temporary)
+    temporary.write_bytes(save(tensors))  # `save_file` would let nobody but the owner read it
     os.replace(temporary, folder / "model.safetensors")
     temporary = folder / ".config.json"
     temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
