@@ -14,12 +14,12 @@ def config() -> TrainConfig:
         model=MODELS["small"],
         output="runs/small/pixel_decoder",
         init_from="runs/small/dit/weights",
-        data=DataConfig(crop=256, batch_size=4, zoom=(0.5, 1.0), rotate=True, threads=2, cache_gib=2.0),
+        data=DataConfig(crop=256, batch_size=8, zoom=(0.5, 1.0), rotate=True, threads=2, cache_gib=2.0),
         optimizer=OptimizerConfig(
             learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=100, weight_decay=0.01, beta2=0.99
         ),
-        loss=LossConfig(lpips=0.5, lpips_net="vgg16", lpips_crop=128, adversarial=0.0),
-        decoder_noise=1.0,
+        loss=LossConfig(lpips=0.5, lpips_net="vgg16", lpips_crop=64, adversarial=0.0),
+        decoder_noise=(0.6, 1.0),
         steps=2000,
         ema_decay=0.998,
         checkpoint_minutes=3.0,

@@ -42,7 +42,7 @@ from zipir_jax.config import DataConfig, DiscriminatorConfig, LossConfig, Optimi
         (TrainConfig, "sample_every", 0, "sample_every 0 is not at least 1"),
         (TrainConfig, "statistics_images", 0, "statistics_images 0 is not at least 1"),
         (TrainConfig, "noise_draws", 0, "noise_draws 0 is not at least 1"),
-        (TrainConfig, "decoder_noise", 1.5, "decoder_noise 1.5 is not between 0 and 1"),
+        (TrainConfig, "decoder_noise", (0.5, 1.5), r"decoder_noise \(0.5, 1.5\) is not a rising range"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_with_its_name_and_value(section, field, wrong, message):
@@ -55,4 +55,6 @@ def test_settings_at_the_ends_of_their_ranges_are_accepted():
     OptimizerConfig(final_learning_rate=0.0, warmup_steps=0, weight_decay=0.0, beta1=0.0, beta2=0.0)
     LossConfig(l1=0.0, lpips=0.0, kl=0.0, adversarial=0.0, lpips_net="alexnet", lpips_crop=0)
     DiscriminatorConfig(base_channels=1, layers=1)
-    TrainConfig(steps=1, seed=0, ema_decay=0.0, checkpoint_minutes=0.0, sample_every=1, decoder_noise=1.0)
+    TrainConfig(
+        steps=1, seed=0, ema_decay=0.0, checkpoint_minutes=0.0, sample_every=1, decoder_noise=(1.0, 1.0)
+    )

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from skimage import data
 
-from zipir_jax.config import MODELS, TASKS, SamplingConfig
+from zipir_jax.config import MODELS, TASKS
 from zipir_jax.data.degrade import apply_task
 from zipir_jax.imageio import resize, to_float
 from zipir_jax.metrics.fidelity import grid_energy, lpips_to, psnr
 from zipir_jax.restorer import NEEDED, Restorer
 from zipir_jax.weights import DEFAULT, load_weights
 
-pytestmark = pytest.mark.skipif(not DEFAULT.is_dir(), reason="the default weights are not trained yet")
-FEW_STEPS = SamplingConfig(steps=4)
+# task: (least PSNR against bicubic's in dB, most LPIPS-VGG16 and LPIPS-AlexNet as a multiple of bicubic's)
+BOUNDS = {"mixture": (2.0, 0.85, 0.65), "sr8": (-0.7, 0.97, 0.85), "sr16": (-0.7, 0.95, 0.90)}
+each_task = pytest.mark.parametrize("task", BOUNDS)
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +26,12 @@ def restorer():
 
 @pytest.fixture(scope="module")
 def restored(restorer):
-    """{task: (bicubic, restored, original)} for the middle of the astronaut, float32 [256, 256, 3]."""
-    original = to_float(np.ascontiguousarray(data.astronaut()[64:320, 96:352]))
+    """{task: (bicubic, restored, original)} for the astronaut, float32 [512, 512, 3], with the default sampling."""
+    original = to_float(data.astronaut())
     results = {}
-    for name in ("mixture", "sr8"):
+    for name in BOUNDS:
         lq = apply_task(original, TASKS[name], np.random.default_rng(0))
-        ours = restorer.restore(lq, size=(256, 256), sampling=FEW_STEPS)
-        results[name] = (resize(lq, 256, 256), ours, original)
+        results[name] = (resize(lq, 512, 512), restorer.restore(lq, size=(512, 512)), original)
     return results
 
 
@@ -44,30 +44,39 @@ def test_the_folder_is_small_and_holds_the_small_preset():
     )
 
 
-def test_the_mixture_is_restored_far_better_than_bicubic_does(restored):
-    bicubic, ours, original = restored["mixture"]
-    assert psnr(ours[None], original[None])[0] > psnr(bicubic[None], original[None])[0] + 1.5
-    for net in ("alexnet", "vgg16"):
+@each_task
+def test_it_is_better_than_bicubic(restored, task):
+    bicubic, ours, original = restored[task]
+    gain, vgg16, alexnet = BOUNDS[task]
+    assert psnr(ours[None], original[None])[0] >= psnr(bicubic[None], original[None])[0] + gain
+    for net, bound in (("vgg16", vgg16), ("alexnet", alexnet)):
         distance = lpips_to(original, net)
-        assert distance(ours) < 0.9 * distance(bicubic)
+        assert distance(ours) <= bound * distance(bicubic), net
 
 
-def test_super_resolution_looks_better_than_bicubic_at_no_great_loss(restored):
-    bicubic, ours, original = restored["sr8"]
-    assert psnr(ours[None], original[None])[0] > psnr(bicubic[None], original[None])[0] - 1
-    distance = lpips_to(original, "alexnet")
-    assert distance(ours) < 0.95 * distance(bicubic)
-
-
-@pytest.mark.parametrize("task", ["mixture", "sr8"])
+@each_task
 def test_flat_regions_show_no_grid(restored, task):
     _, ours, original = restored[task]
-    energy, allowed = grid_energy(ours, original), grid_energy(original, original)
-    for period in energy:
-        assert energy[period] < 2 * allowed[period], period
+    for period, energy in grid_energy(ours, original).items():
+        assert energy < 1, period  # a pattern of one 8-bit level's standard deviation in the Laplacian
 
 
-@pytest.mark.parametrize("task", ["mixture", "sr8"])
+@each_task
+def test_no_frame_shows_at_the_border(restored, task):
+    """The outermost pixels are harder, for lack of neighbours; as much harder as they are for bicubic enlargement."""
+    bicubic, ours, original = restored[task]
+
+    def harder(picture):
+        error = np.abs(picture - original).mean(-1)
+        rings = [
+            np.concatenate([error[i], error[-1 - i], error[:, i], error[:, -1 - i]]).mean() for i in (0, 8)
+        ]
+        return rings[0] / rings[1]
+
+    assert harder(ours) < 1.2 * harder(bicubic)
+
+
+@each_task
 def test_colours_do_not_shift(restored, task):
     _, ours, original = restored[task]
     np.testing.assert_allclose(ours.mean((0, 1)), original.mean((0, 1)), atol=0.04)
@@ -75,4 +84,4 @@ def test_colours_do_not_shift(restored, task):
 
 def test_an_odd_photograph_keeps_its_shape(restorer):
     photo = data.chelsea()[:83, :129]
-    assert restorer.restore(photo, scale=4, sampling=FEW_STEPS).shape == (332, 516, 3)
+    assert restorer.restore(photo, scale=4).shape == (332, 516, 3)

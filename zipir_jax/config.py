@@ -421,7 +421,9 @@ class TrainConfig:
     stage: str = "coarse"  # coarse | fine | dit | pixel_decoder
     model: ModelConfig = ModelConfig()
     output: str = ""  # run folder: checkpoints, samples, weights
-    init_from: str = ""  # weights of the stages before; required by all but coarse
+    init_from: str = (
+        ""  # weights of the stages before, required by all but coarse; this stage's own go on from there
+    )
     data: DataConfig = DataConfig()
     degradation: DegradationConfig = DegradationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -434,9 +436,9 @@ class TrainConfig:
     sample_every: int = 1000  # steps between sample grids
     statistics_images: int = 512  # from which the macro and latent statistics are measured
     noise_draws: int = 1  # dit: timesteps and noises per encoded image; more make one encoding go further
-    # pixel_decoder: the latent that it learns to decode. 0 is the paper's, of the clean image; above, it is the DiT's
-    # prediction of that latent at a noise level (timestep / train_timesteps) drawn uniformly between 0 and this.
-    decoder_noise: float = 0.0
+    # pixel_decoder: the latent that it learns to decode is the DiT's prediction of the clean image's, at a noise level
+    # (timestep / train_timesteps) drawn uniformly from this range; at 0, the paper's, the clean image's latent itself.
+    decoder_noise: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self):
         _check_at_least("steps", self.steps, 1)
@@ -446,7 +448,7 @@ class TrainConfig:
         _check_at_least("sample_every", self.sample_every, 1)
         _check_at_least("statistics_images", self.statistics_images, 1)
         _check_at_least("noise_draws", self.noise_draws, 1)
-        _check_probability("decoder_noise", self.decoder_noise)
+        _check_range("decoder_noise", self.decoder_noise, 0, 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -460,7 +462,7 @@ class SamplingConfig:
 
     steps: int = 25  # DDIM steps
     guidance: float = 3.5  # classifier-free guidance; acts only where there is a negative text
-    spacing: str = "trailing"  # or leading; see diffusion/schedule.py
+    spacing: str = "trailing"  # of the timesteps: trailing or leading, see diffusion/schedule.py
     eta: float = 0.0  # 0 = deterministic DDIM, 1 = DDPM's variance
 
     def __post_init__(self):

@@ -36,6 +36,7 @@ def toy_step(bad_step, config, adversarial, state, frozen, batch):
 def toy_stage(monkeypatch):
     stage = types.SimpleNamespace(
         DEGRADED=False,
+        MAKES=("toy",),
         needs=lambda config: ("coarse_encoder",) if config.init_from else (),
         start=lambda config, key, pretrained, images: ({"seen": jnp.zeros(())}, {}),
         preview=lambda config, generator, frozen, batch, key: [batch["image"]],

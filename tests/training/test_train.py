@@ -176,7 +176,7 @@ def test_the_four_stages_make_weights_that_restore(trained):
 
 
 def test_a_decoder_can_learn_from_predicted_latents(trained, make_config):
-    config = make_config("pixel_decoder", decoder_noise=0.5, init_from=str(trained("dit")[1]))
+    config = make_config("pixel_decoder", decoder_noise=(0.2, 0.5), init_from=str(trained("dit")[1]))
     stage = STAGES["pixel_decoder"]
     assert set(stage.needs(config)) == {"statistics", "coarse_encoder", "fine_encoder", "fine_decoder", "dit"}
     _, groups = load_weights(config.init_from, stage.needs(config))
@@ -223,7 +223,7 @@ def test_settings_that_contradict_each_other_are_refused(make_config, tmp_path, 
     ("stage", "changes", "refused"),
     [
         ("dit", {}, True),
-        ("pixel_decoder", {"decoder_noise": 0.5}, True),
+        ("pixel_decoder", {"decoder_noise": (0.0, 0.5)}, True),
         ("pixel_decoder", {}, False),
         ("fine", {}, False),
     ],
@@ -290,6 +290,22 @@ def test_an_lp_vae_serves_any_dit_but_hands_none_on_to_a_new_latent_space(traine
     fine = make_config("fine", output=str(tmp_path / "fine"), init_from=str(weights), steps=1)
     groups = load_weights(train(fine), ())[1]
     assert set(groups) == {"statistics", "coarse_encoder", "fine_encoder", "fine_decoder"}
+
+
+@each_stage
+def test_a_stage_goes_on_from_its_own_weights(stage, trained, make_config):
+    """What it starts from is what it made before; the paper's fine stage does so for its 1K adaptation."""
+    config, weights = trained(stage)
+    groups = load_weights(weights, ())[1]
+    start_from = {
+        group: groups[group] for group in groups.keys() & MADE[stage] | set(STAGES[stage].needs(config))
+    }
+    generator, frozen = STAGES[stage].start(config, jax.random.key(1), start_from, ())
+    if stage in ("coarse", "fine"):
+        assert_same(generator, {group: groups[group] for group in generator})
+    else:
+        assert_same(generator, groups[stage])
+    assert frozen.keys() == set(STAGES[stage].needs(config)) or stage == "coarse"
 
 
 def test_a_run_with_fewer_steps_than_it_has_had_is_refused(trained):

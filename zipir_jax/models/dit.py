@@ -172,7 +172,7 @@ class DiT(nnx.Module):
         text: Float[Array, "b l c2"] | None = None,
         text_lengths: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c"]:
-        """Predicted noise or v, float32. `noisy` and `lq` are whitened latents of one shape; `timesteps` lie in [0, 1000).
+        """Predicted noise or v, float32. `noisy` and `lq` are whitened latents of one shape; `timesteps` in [0, 1000).
 
         Raises ValueError if text is missing from a model with cross-attention, or given to one without, and for latents
         of different shapes or of sides that are no multiple of the patch.

@@ -48,7 +48,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     check(config)
     stage = STAGES[config.stage]
     pretrained = {}
-    if needed := stage.needs(config):
+    needed = stage.needs(config)
+    if config.init_from:
         model, pretrained = load_weights(config.init_from, needed)
         for part in ("lp_vae", "dit", "diffusion") if "dit" in needed else ("lp_vae",):
             if getattr(model, part) != getattr(config.model, part):
@@ -74,12 +75,12 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
     # -- state -------------------------------------------------------------------------------------
     keys = jax.random.split(jax.random.key(config.seed), 3)
-    needed_weights = {group: pretrained[group] for group in needed}
-    generator, frozen = stage.start(config, keys[0], needed_weights, statistics_images())
+    start_from = {group: pretrained[group] for group in pretrained if group in (*needed, *stage.MAKES)}
+    generator, frozen = stage.start(config, keys[0], start_from, statistics_images())
     # A step donates its state; the pretrained weights that a stage starts from must outlive it.
     generator = jax.tree.map(jnp.copy, generator)
     state = create_state(config, generator, keys[1])
-    run = checkpoint.fingerprint(config, needed_weights)
+    run = checkpoint.fingerprint(config, start_from)
     if resume and checkpoints.latest_step() is not None:
         state = checkpoint.restore(checkpoints, state, data, run)
     lpips = {} if config.stage == "dit" else {"lpips": load_lpips(lpips_net(config.loss.lpips_net))[0]}
@@ -135,7 +136,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     # -- weights -----------------------------------------------------------------------------------
     groups = stage.export(config, state["ema"], frozen, statistics_images())
     # A stage that does not build on E_f makes a new latent space; what was trained in an older one is not handed on.
-    kept = pretrained if "fine_encoder" in needed else needed_weights
+    kept = pretrained if "fine_encoder" in needed else {group: pretrained[group] for group in needed}
     save_weights(output / "weights", config.model, kept | groups)
     return output / "weights"
 

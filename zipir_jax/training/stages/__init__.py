@@ -1,7 +1,8 @@
-"""The four stages of training, one module each, with the same six names:
+"""The four stages of training, one module each, with the same seven names:
 
 DEGRADED        whether a batch needs "lq" beside "image"
-needs(config) -> groups of weights that it starts from
+MAKES           the groups of weights that it makes; the fine stage adds to the statistics as well
+needs(config) -> groups of weights that it reads
 start(config, key, pretrained, images) -> (generator, frozen)
                 what it trains and what it only reads, dicts of groups (see weights/__init__.py)
 gradients(config, params, frozen, batch, key, adversarial) -> (gradients, metrics)
@@ -10,7 +11,7 @@ preview(config, generator, frozen, batch, key) -> image batches [b, h, w, 3], th
 export(config, generator, frozen, images) -> the groups of weights that it made
 
 config          TrainConfig
-pretrained      the groups that `needs` names
+pretrained      the groups that `needs` names, and those of MAKES that `init_from` holds, to go on from
 images          batches [b, crop, crop, 3] of clean images, for measuring statistics
 params          {"generator": what is trained, "discriminator": its opponent's parameters, or {} without one}
 frozen          as `start` returned it; in `gradients` also "lpips", the parameters of LPIPS, where images are made

@@ -22,6 +22,7 @@ from zipir_jax.training.losses import image_gradients, kl_divergence
 from zipir_jax.training.statistics import channel_statistics
 
 DEGRADED = False
+MAKES = ("statistics", "coarse_encoder", "coarse_decoder")
 
 
 def needs(config: TrainConfig) -> tuple[str, ...]:
@@ -31,11 +32,15 @@ def needs(config: TrainConfig) -> tuple[str, ...]:
 def start(config: TrainConfig, key, pretrained: dict, images: Iterable) -> tuple[dict, dict]:
     keys = jax.random.split(key)
     generator = {
-        "coarse_encoder": init_params(Encoder, config.model.lp_vae.coarse, keys[0]),
-        "coarse_decoder": init_params(Decoder, config.model.lp_vae.coarse, keys[1]),
+        "coarse_encoder": pretrained.get("coarse_encoder")
+        or init_params(Encoder, config.model.lp_vae.coarse, keys[0]),
+        "coarse_decoder": pretrained.get("coarse_decoder")
+        or init_params(Decoder, config.model.lp_vae.coarse, keys[1]),
     }
-    smaller = (area_downsample(batch, FACTOR) for batch in images)
-    return generator, {"statistics": channel_statistics("macro", smaller)}  # mu and sigma of z_macro
+    statistics = pretrained.get("statistics")
+    if statistics is None:  # mu and sigma of z_macro
+        statistics = channel_statistics("macro", (area_downsample(batch, FACTOR) for batch in images))
+    return generator, {"statistics": {name: statistics[name] for name in ("macro_mean", "macro_std")}}
 
 
 def _decoder(config, generator):

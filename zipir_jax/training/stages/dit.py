@@ -15,6 +15,7 @@ from zipir_jax.models.lp_vae import decode, encode, whiten
 from zipir_jax.restorer import denoise_latent
 
 DEGRADED = True
+MAKES = ("dit",)
 
 
 def needs(config: TrainConfig) -> tuple[str, ...]:
@@ -22,7 +23,8 @@ def needs(config: TrainConfig) -> tuple[str, ...]:
 
 
 def start(config: TrainConfig, key, pretrained: dict, images: Iterable) -> tuple[dict, dict]:
-    return init_params(DiT, config.model.dit, key), pretrained
+    generator = pretrained.get("dit") or init_params(DiT, config.model.dit, key)
+    return generator, {group: pretrained[group] for group in needs(config)}
 
 
 def gradients(

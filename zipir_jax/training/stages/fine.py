@@ -22,6 +22,7 @@ from zipir_jax.training.losses import image_gradients, kl_divergence
 from zipir_jax.training.statistics import channel_statistics
 
 DEGRADED = False
+MAKES = ("fine_encoder", "fine_decoder")
 
 
 def needs(config: TrainConfig) -> tuple[str, ...]:
@@ -31,10 +32,12 @@ def needs(config: TrainConfig) -> tuple[str, ...]:
 def start(config: TrainConfig, key, pretrained: dict, images: Iterable) -> tuple[dict, dict]:
     keys = jax.random.split(key)
     generator = {
-        "fine_encoder": init_params(Encoder, config.model.lp_vae.fine, keys[0]),
-        "fine_decoder": init_params(Decoder, config.model.lp_vae.fine, keys[1]),
+        "fine_encoder": pretrained.get("fine_encoder")
+        or init_params(Encoder, config.model.lp_vae.fine, keys[0]),
+        "fine_decoder": pretrained.get("fine_decoder")
+        or init_params(Decoder, config.model.lp_vae.fine, keys[1]),
     }
-    return generator, pretrained
+    return generator, {group: pretrained[group] for group in needs(config)}
 
 
 def gradients(

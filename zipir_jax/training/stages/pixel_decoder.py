@@ -23,16 +23,19 @@ from zipir_jax.models.pixel_decoder import PixelDecoder, from_lp_vae
 from zipir_jax.training.losses import image_gradients
 
 DEGRADED = True
+MAKES = ("pixel_decoder",)
 
 
 def needs(config: TrainConfig) -> tuple[str, ...]:
     lp_vae = ("statistics", "coarse_encoder", "fine_encoder", "fine_decoder")
-    return (*lp_vae, "dit") if config.decoder_noise else lp_vae
+    return (*lp_vae, "dit") if config.decoder_noise[1] else lp_vae
 
 
 def start(config: TrainConfig, key, pretrained: dict, images: Iterable) -> tuple[dict, dict]:
-    params = init_params(PixelDecoder, config.model.lp_vae, key)
-    return from_lp_vae(params, pretrained), pretrained
+    generator = pretrained.get("pixel_decoder")
+    if generator is None:
+        generator = from_lp_vae(init_params(PixelDecoder, config.model.lp_vae, key), pretrained)
+    return generator, {group: pretrained[group] for group in needs(config)}
 
 
 def _decoder(config, generator):
@@ -42,13 +45,13 @@ def _decoder(config, generator):
 def _latent(config, frozen, batch, key):
     """The clean image's latent, or the DiT's prediction of it at a random noise level."""
     clean = encode(frozen, config.model.lp_vae, batch["image"])
-    if not config.decoder_noise:
+    if not config.decoder_noise[1]:
         return clean
     schedule, statistics = linear_schedule(config.model.diffusion), frozen["statistics"]
     lq = whiten(encode(frozen, config.model.lp_vae, batch["lq"]), statistics)
     timestep_key, noise_key = jax.random.split(key)
-    bound = math.ceil(config.decoder_noise * config.model.diffusion.train_timesteps)
-    timesteps = jax.random.randint(timestep_key, (len(clean),), 0, bound)
+    low, high = (math.ceil(level * config.model.diffusion.train_timesteps) for level in config.decoder_noise)
+    timesteps = jax.random.randint(timestep_key, (len(clean),), min(low, high - 1), high)
     eps = jax.random.normal(noise_key, clean.shape)
     noisy = add_noise(whiten(clean, statistics), eps, timesteps, schedule)
     dit = bind(DiT, config.model.dit, frozen["dit"])
