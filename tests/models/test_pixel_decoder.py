@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from zipir_jax.config import MODELS
 from zipir_jax.models.layers import abstract_params, bind, init_params
 from zipir_jax.models.lp_vae import Decoder, Encoder
 from zipir_jax.models.pixel_decoder import PixelDecoder, from_lp_vae
@@ -70,6 +71,26 @@ def test_there_is_a_fusion_at_every_scale_of_the_decoder(config, params):
     assert not any(np.asarray(k).any() for k in kernels)
 
 
+def test_pixels_enter_at_the_scales_that_patches_hide(config, params):
+    enlarging = [params["decoder"]["enlarge"][str(i)]["kernel"].shape[-1] for i in range(2)]  # patches of 4
+    kernels = [params["pixel_fusions"][str(i)]["kernel"] for i in range(2)]
+    assert [k.shape for k in kernels] == [(3, 3, 3, channels) for channels in enlarging]
+    assert not any(np.asarray(k).any() for k in kernels)
+    assert "pixel_fusions" not in abstract_params(PixelDecoder, MODELS["paper"].lp_vae)
+
+
+def test_a_linear_path_hands_sharp_pixels_through(config, params, inputs, run):
+    """Whatever the features can hold: a change of one pixel is a change of that pixel in the result."""
+    latent, lq = inputs
+    fusion = params["pixel_fusions"] | {
+        "1": params["pixel_fusions"]["1"] | {"kernel": jnp.ones((3, 3, 3, 4))}
+    }
+    changed = params | {"pixel_fusions": fusion}
+    difference = run(changed, latent, lq.at[0, 9, 9].add(-1.0)) - run(changed, latent, lq)
+    touched = np.argwhere(np.abs(difference[0]).max(-1) > 1e-6)
+    assert touched.min(0).tolist() == [7, 7] and touched.max(0).tolist() == [11, 11]  # two 3x3 convolutions
+
+
 def test_the_gradient_reaches_every_tensor_after_one_step(params, inputs, run):
     latent, lq = inputs
     target = jax.random.uniform(jax.random.key(3), lq.shape, minval=-1.0)
@@ -79,6 +100,8 @@ def test_the_gradient_reaches_every_tensor_after_one_step(params, inputs, run):
     for fusion in first["fusions"].values():
         assert np.asarray(fusion["project"]["kernel"]).any()
         assert np.asarray(fusion["block"]["conv2"]["kernel"]).any()
+    for fusion in first["pixel_fusions"].values():
+        assert np.asarray(fusion["kernel"]).any()
     # As long as the projections are zero, nothing passes them.
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(first["extractor"]))
 
@@ -97,5 +120,5 @@ def test_the_degraded_image_acts_on_its_own_place_and_picture(config, random_par
 
 def test_it_has_no_parameters_that_nothing_uses(config):
     groups = abstract_params(PixelDecoder, config)
-    assert groups.keys() == {"extractor", "decoder", "fusions"}
+    assert groups.keys() == {"extractor", "decoder", "fusions", "pixel_fusions"}
     assert not {"head", "norm"} & groups["extractor"].keys()

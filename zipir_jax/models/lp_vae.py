@@ -101,8 +101,8 @@ class Decoder(nnx.Module):
         self.head_conv = conv(previous, 3, rngs, dtype=dtype)
 
     def features(self, latent: Float[Array, "b h w c"], fuse=None) -> Float[Array, "b h2 w2 c2"]:
-        """Everything before the last convolution. `fuse(scale, h) -> h` may add to what enters each scale (lowest
-        resolution first)."""
+        """Everything before the last convolution. `fuse(scale, h) -> h` may add to what enters each scale, lowest
+        resolution first, and to what leaves each doubling within a patch."""
         h = self.stem(latent)
         for scale in range(len(self.ups) + 1):
             if scale:
@@ -112,8 +112,10 @@ class Decoder(nnx.Module):
             for i in range(self.blocks_per_scale):
                 h = self.blocks[scale * self.blocks_per_scale + i](h)
         h = nnx.swish(self.norm(h))
-        for layer in self.enlarge:
+        for i, layer in enumerate(self.enlarge):
             h = nnx.swish(layer(bilinear_upsample(h)))
+            if fuse is not None:
+                h = fuse(len(self.ups) + 1 + i, h)
         return h
 
     def head(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:

@@ -1,14 +1,15 @@
 """The pixel-aware decoder D_f* (paper section 3.1, Fig. 8): D_f with skip connections from the degraded image.
 
 A trainable copy of E_f reads the low-quality image; its features at every scale enter extra residual layers between
-the upsampling blocks of D_f. Those layers start at zero, so D_f* starts as D_f.
+the upsampling blocks of D_f. Where E_f folds pixels into patches it has no features of the highest scales; there the
+low-quality image itself enters. All that enters starts at zero, so D_f* starts as D_f.
 """
 
 from flax import nnx
 from jaxtyping import Array, Float
 
 from zipir_jax.config import LPVAEConfig
-from zipir_jax.models.layers import ResidualBlock, conv
+from zipir_jax.models.layers import ResidualBlock, area_downsample, conv
 from zipir_jax.models.lp_vae import Decoder, Encoder
 
 
@@ -39,13 +40,23 @@ class PixelDecoder(nnx.Module):
         self.fusions = nnx.List(
             [Fusion(f, c, rngs, dtype=fine.compute_dtype) for f, c in zip(widths, entering, strict=True)]
         )
+        leaving = [layer.out_features for layer in self.decoder.enlarge]
+        self.pixel_fusions = nnx.List(
+            [conv(3, channels, rngs, dtype=fine.compute_dtype, zero=True) for channels in leaving]
+        )
 
     def features(
         self, latent: Float[Array, "b h w c"], lq: Float[Array, "b h2 w2 3"]
     ) -> Float[Array, "b h2 w2 c2"]:
         """Everything before the last convolution."""
         skips = self.extractor.features(lq)[::-1]
-        return self.decoder.features(latent, lambda scale, h: self.fusions[scale](h, skips[scale]))
+
+        def fuse(scale, h):
+            if scale < len(skips):
+                return self.fusions[scale](h, skips[scale])
+            return h + self.pixel_fusions[scale - len(skips)](area_downsample(lq, lq.shape[1] // h.shape[1]))
+
+        return self.decoder.features(latent, fuse)
 
     def head(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
         """The last convolution; float32."""
