@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import skimage.data
@@ -417,6 +418,7 @@ def test_the_padding_does_not_reach_the_result(restorer, photograph):
     np.testing.assert_array_equal(inner[:, 30:], inner[:, 28:26:-1])
     np.testing.assert_array_equal(padded[0, 31:9:-1, 32:62], padded[0, 33:55, 32:62])
     weights, lp_vae = restorer.weights, restorer.config.lp_vae
+    padded = jnp.asarray(padded)
     whole = bind(PixelDecoder, lp_vae, weights["pixel_decoder"])(encode(weights, lp_vae, padded), padded)
     restored = restorer.restore(to_float(photograph), scale=1, denoise=False)
     np.testing.assert_allclose(restored[None], np.clip(whole, -1, 1)[:, 32:56, 32:62], atol=1e-4)
