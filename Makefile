@@ -1,5 +1,5 @@
 # make restore                          restore a test photograph and score the result
-# make restore INPUT=photo.jpg SCALE=4  restore a photograph or a folder; OUTPUT=file or folder, ARGS="--seed 1 ..."
+# make restore INPUT=photo.jpg SCALE=4  restore a photograph or a folder; OUTPUT=file or folder, ARGS="--overwrite ..."
 # make test                             all checks
 # make clean                            remove .venv and caches
 

@@ -19,7 +19,7 @@ def config() -> TrainConfig:
             learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=100, weight_decay=0.01, beta2=0.99
         ),
         loss=LossConfig(lpips=0.3, lpips_net="vgg16", lpips_crop=48, adversarial=0.0),
-        steps=2000,
+        steps=1500,
         ema_decay=0.998,
         checkpoint_minutes=3.0,
         sample_every=500,

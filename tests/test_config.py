@@ -1,15 +1,42 @@
-"""Training settings that no run could work with."""
+"""Settings that no model or run could work with."""
 
 import math
 
 import pytest
 
-from zipir_jax.config import DataConfig, DiscriminatorConfig, LossConfig, OptimizerConfig, TrainConfig
+from zipir_jax.config import (
+    AutoencoderConfig,
+    DataConfig,
+    DiffusionConfig,
+    DiscriminatorConfig,
+    DiTConfig,
+    LossConfig,
+    LPVAEConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 
 @pytest.mark.parametrize(
     ("section", "field", "wrong", "message"),
     [
+        (DiTConfig, "layers", 0, "layers 0 is not at least 1"),
+        (DiTConfig, "patch", 0, "patch 0 is not at least 1"),
+        (DiffusionConfig, "train_timesteps", 0, "train_timesteps 0 is not at least 1"),
+        (DiffusionConfig, "beta_end", 2.0, r"betas \(0.00085, 2.0\) is not a rising range within 0 to 1"),
+        (
+            ModelConfig,
+            "dit",
+            DiTConfig(latent_channels=16),
+            "the DiT's latent has 16 channels, the LP-VAE's 64",
+        ),
+        (
+            LPVAEConfig,
+            "fine",
+            AutoencoderConfig(20, 64, multipliers=(1, 2, 4, 4, 4, 4)),
+            "the fine decoder reads 64 channels; its bands have 32",
+        ),
         (DataConfig, "crop", 0, "crop 0 is not at least 1"),
         (DataConfig, "batch_size", 0, "batch_size 0 is not at least 1"),
         (DataConfig, "zoom", (0.0, 1.0), r"zoom \(0.0, 1.0\) is not a rising range within 0.01 to 1"),
@@ -36,7 +63,8 @@ from zipir_jax.config import DataConfig, DiscriminatorConfig, LossConfig, Optimi
         (DiscriminatorConfig, "base_channels", 0, "base_channels 0 is not at least 1"),
         (DiscriminatorConfig, "layers", 0, "layers 0 is not at least 1"),
         (TrainConfig, "steps", 0, "steps 0 is not at least 1"),
-        (TrainConfig, "seed", -1, "seed -1 is not at least 0"),
+        (TrainConfig, "seed", -1, "seed -1 does not lie within 0 to 4294967293"),
+        (TrainConfig, "seed", 2**32 - 2, "seed 4294967294 does not lie within 0 to 4294967293"),
         (TrainConfig, "ema_decay", 1.0, "ema_decay 1.0 is not at least 0 and below 1"),
         (TrainConfig, "checkpoint_minutes", -1.0, "checkpoint_minutes -1.0 is not at least 0"),
         (TrainConfig, "sample_every", 0, "sample_every 0 is not at least 1"),

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import skimage.data
-from PIL import Image
+from PIL import Image, ImageOps
 
 from zipir_jax import imageio
 from zipir_jax.imageio import (
@@ -105,6 +105,19 @@ def test_both_readers_read_the_same(smooth, tmp_path, mode):
     read = read_image_uint8(path)
     assert read.shape == (40, 24, 3)  # turned upright
     np.testing.assert_array_equal(read, to_uint8(read_image(path)))
+
+
+def test_damage_elsewhere_in_the_exif_data_is_no_reason_to_refuse_a_photograph(smooth, tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    exif[0x010F] = "maker"
+    data = bytearray(exif.tobytes())
+    data[17] = 0  # an ASCII field becomes one that cannot be written again
+    stored = Image.fromarray(np.ascontiguousarray(STORED[6](smooth)))
+    stored.save(tmp_path / "a.png", exif=bytes(data))
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    np.testing.assert_array_equal(read_image_uint8(tmp_path / "a.png"), smooth)
 
 
 @pytest.mark.parametrize("orientation", STORED)
@@ -206,7 +219,16 @@ def test_a_picture_of_too_many_pixels_is_refused(smooth, tmp_path, monkeypatch, 
 
 def test_the_largest_picture_that_can_be_read_is_as_large_as_a_result():
     assert imageio.LARGEST_PIXELS == 16384**2
-    assert Image.MAX_IMAGE_PIXELS == imageio.LARGEST_PIXELS  # Pillow's own limit is a third of it
+    code = """
+from PIL import Image
+from zipir_jax import command_line
+before = Image.MAX_IMAGE_PIXELS
+command_line.run(lambda arguments: print(before, Image.MAX_IMAGE_PIXELS))
+"""  # in a process of its own: here others may have called it
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    # A library leaves Pillow's limit alone, a program raises it.
+    assert list(map(int, printed)) == [89478485, imageio.LARGEST_PIXELS]
 
 
 def test_a_refused_picture_is_not_warned_of_as_well(smooth, tmp_path):
@@ -216,7 +238,7 @@ def test_a_refused_picture_is_not_warned_of_as_well(smooth, tmp_path):
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     (tmp_path / "a.png").write_bytes(data)
     # In a process of its own: pytest has other filters of warnings.
-    code = "import sys; from zipir_jax.imageio import stored_size; stored_size(sys.argv[1])"
+    code = "import sys; from zipir_jax.imageio import *; raise_pixel_limit(); stored_size(sys.argv[1])"
     command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
     printed = subprocess.run(command, capture_output=True, text=True, check=False).stderr
     assert "a.png: more than 268435456 pixels, the most that is read (20000 x 20000 pixels)" in printed

@@ -408,9 +408,24 @@ def test_phases_without_diffusion(restorer, photograph):
     assert phases == ["encode", "decode"]
 
 
+def test_a_seed_that_would_repeat_another_is_refused(restorer, photograph):
+    for seed in (-1, 2**32, 2**63):
+        with pytest.raises(ValueError, match=f"seed {seed} does not lie within 0 to 4294967295"):
+            restorer.restore(photograph, scale=1, seed=seed)
+
+
+@pytest.mark.parametrize("shape", [(24, 30), (32, 64), (33, 65)])
+def test_sides_become_multiples_of_the_pixels_of_a_token(shape):
+    """A DiT whose tokens cover 2 x 2 latent pixels needs multiples of 64."""
+    padded = pad_by_reflection(np.zeros((1, *shape, 3), np.float32), 64)
+    assert all(
+        side % 64 == 0 and 64 <= side - old < 128 for side, old in zip(padded.shape[1:3], shape, strict=True)
+    )
+
+
 def test_the_padding_does_not_reach_the_result(restorer, photograph):
     """24 x 30 pixels get 32 and more on all sides; what is cropped out is what the networks made of them."""
-    padded = pad_by_reflection(to_float(photograph)[None])
+    padded = pad_by_reflection(to_float(photograph)[None], 32)
     assert padded.shape == (1, 96, 96, 3)
     inner = padded[0, 32:64, 32:64]
     np.testing.assert_array_equal(inner[:24, :30], to_float(photograph))
@@ -554,6 +569,8 @@ def test_target_size():
     for scale in (0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="is not a positive number"):
             target_size((33, 51), scale, None)
+    with pytest.raises(ValueError, match="inf x inf pixels: a side must lie within 1 to 16384"):
+        target_size((33, 51), 1e308, None)
     for size in [(0, 5), (5, 16385)]:
         with pytest.raises(ValueError, match=f"{size[1]} x {size[0]} pixels"):
             target_size((33, 51), None, size)

@@ -14,12 +14,15 @@ from pathlib import Path
 import tyro
 from platformdirs import user_cache_dir
 
+from zipir_jax.imageio import raise_pixel_limit
+
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call `main(arguments)` and exit with what it returns (None is 0).
 
     A ValueError or OSError becomes one line on stderr and status 2; with --debug, its traceback. Ctrl-C is 130.
     """
+    raise_pixel_limit()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:

@@ -149,7 +149,7 @@ class DegradationConfig:
     # Ours. The paper trains one model for everything it scores, and the noise of its mixture task (sigma 40)
     # lies outside Real-ESRGAN's range; so half of the items take a task of Table 1, with equal shares.
     task_probability: float = 0.5
-    tasks: tuple[str, ...] = ("sr8", "sr16", "mixture")  # keys of TASKS
+    tasks: tuple[str, ...] = ("sr8", "sr16", "mixture")  # keys of TASKS; named twice, twice the share
 
     # Ours: clean size / LQ size, drawn log-uniformly so that each octave has the same share. Real-ESRGAN
     # fixes 4; the paper's tasks go to 16, and photographs from the wild have been shrunk little or not at all.
@@ -203,6 +203,8 @@ class DiffusionConfig:
     prediction: str = "eps"  # what the DiT predicts: eps (paper) or v, see diffusion/objective.py
 
     def __post_init__(self):
+        _check_at_least("train_timesteps", self.train_timesteps, 1)
+        _check_range("betas", (self.beta_start, self.beta_end), 0, 1)
         if self.prediction not in ("eps", "v"):
             raise ValueError(f"prediction {self.prediction!r} is neither eps nor v")
 
@@ -254,6 +256,12 @@ class LPVAEConfig:
                     f"the {name} band's patch {band.patch} and {len(band.multipliers)} scales shrink "
                     f"{band.factor}x instead of {factor}x"
                 )
+        bands = (3, self.coarse.latent_channels, self.fine.latent_channels)  # macro is an RGB image
+        for name, band, read in (("coarse", self.coarse, sum(bands[:2])), ("fine", self.fine, sum(bands))):
+            if band.decoder_channels != read:
+                raise ValueError(
+                    f"the {name} decoder reads {band.decoder_channels} channels; its bands have {read}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,6 +281,8 @@ class DiTConfig:
     compute_dtype: str = "bfloat16"
 
     def __post_init__(self):
+        for name in ("layers", "width", "heads", "mlp_ratio", "patch", "latent_channels"):
+            _check_at_least(name, getattr(self, name), 1)
         if self.width % self.heads or self.width // self.heads % 4:
             raise ValueError(
                 f"width {self.width} over {self.heads} heads is not a multiple of 4 channels a head, "
@@ -294,6 +304,13 @@ class ModelConfig:
     lp_vae: LPVAEConfig = LPVAEConfig()
     dit: DiTConfig = DiTConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+
+    def __post_init__(self):
+        if self.dit.latent_channels != self.lp_vae.fine.decoder_channels:
+            raise ValueError(
+                f"the DiT's latent has {self.dit.latent_channels} channels, the LP-VAE's "
+                f"{self.lp_vae.fine.decoder_channels}"
+            )
 
 
 MODELS = {
@@ -442,7 +459,8 @@ class TrainConfig:
 
     def __post_init__(self):
         _check_at_least("steps", self.steps, 1)
-        _check_at_least("seed", self.seed, 0)
+        if not 0 <= self.seed <= 2**32 - 3:  # jax keeps 32 bits, and training draws from seed + 2 as well
+            raise ValueError(f"seed {self.seed} does not lie within 0 to {2**32 - 3}.")
         _check_decay("ema_decay", self.ema_decay)
         _check_at_least("checkpoint_minutes", self.checkpoint_minutes, 0)
         _check_at_least("sample_every", self.sample_every, 1)

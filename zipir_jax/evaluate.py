@@ -20,6 +20,7 @@ from zipir_jax.command_line import cache_compiled_programs, machine, parse, run
 from zipir_jax.config import TASKS, SamplingConfig
 from zipir_jax.data.degrade import MINIMUM_SIDE, apply_task
 from zipir_jax.data.preview import side_by_side
+from zipir_jax.files import replacing
 from zipir_jax.imageio import (
     check_writable,
     distinct_names,
@@ -127,8 +128,8 @@ def evaluate(
         for name in tasks:
             settings = dataclasses.asdict(TASKS[name])
             report["tasks"][name] = {"task": settings, "means": rows[name], "pictures": results[name]}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        with replacing(output) as file:
+            file.write((json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
         written.append(output)
     if written:
         print("\n" + "\n".join(f"wrote {path}" for path in written))

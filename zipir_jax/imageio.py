@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import secrets
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -10,19 +9,35 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from zipir_jax.files import replacing
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 OUTPUT_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 LARGEST_SIDE = 16384  # pixels of a result; beyond any size that the model is made for (8K)
 LARGEST_PIXELS = LARGEST_SIDE**2  # of a picture that is read: 268 million, as many as a result can have
 LARGEST_WEBP_SIDE = 16383  # pixels; the format has 14 bits for a side
+UPRIGHT = {  # what undoes each EXIF orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-# Pillow warns above 89 million pixels and refuses twice as many, to guard servers against small files that unpack to
-# huge pictures. It leaves the limit to the application; ours is what a result can have. Its warning would only stand
-# before our own refusal of the same picture.
-Image.MAX_IMAGE_PIXELS = LARGEST_PIXELS
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+def raise_pixel_limit() -> None:
+    """Let this process read pictures of up to LARGEST_PIXELS; for a program to call, not for a library.
+
+    Pillow warns above 89 million pixels and refuses twice as many, to guard servers against small files that unpack to
+    huge pictures. It leaves the limit to the application; ours is what a result can have. Its warning would only stand
+    before our own refusal of the same picture.
+    """
+    Image.MAX_IMAGE_PIXELS = LARGEST_PIXELS
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def list_images(folder: Path, recursive: bool = False) -> list[Path]:
@@ -48,7 +63,7 @@ def read_image(path: str | Path) -> Float32[np.ndarray, "h w 3"]:
 
     Grey and palette images become RGB; alpha is dropped; 16-bit grey keeps its precision. Raises ValueError, with the
     path in it, for a file that is missing, not readable, empty, truncated, no image, or of more than `LARGEST_PIXELS`
-    pixels.
+    pixels, the limit of a process that has called `raise_pixel_limit`.
     """
     pixels = _decode(path)
     return to_float(pixels) if pixels.dtype == np.uint8 else pixels * 2 - 1
@@ -73,7 +88,9 @@ def _decode(path):
     """uint8 [h, w, 3], or float32 in [0, 1] for a file of more than 8 bits."""
     with _opened(path) as image:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        # Not by `ImageOps.exif_transpose`: it packs the other EXIF data anew and fails where one of them is damaged.
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        image = image if turn is None else image.transpose(turn)
         if not image.mode.startswith("I") and image.mode != "F":
             return np.asarray(image.convert("RGB"))
         pixels = np.nan_to_num(np.asarray(image, np.float32))
@@ -175,23 +192,9 @@ def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarr
             "write a PNG or JPEG file"
         )
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(file_format, {})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Not by tempfile: its files are their owner's alone, and the umask cannot be asked for without setting it.
-        temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
-        file = temporary.open("xb")
-    except OSError as error:
-        raise ValueError(f"{path.parent}: cannot be written to ({error.strerror})") from None
-    try:
-        with file:
-            Image.fromarray(image if image.dtype == np.uint8 else to_uint8(image)).save(
-                file, file_format, **options
-            )
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:  # Pillow's encoders raise either
-        raise ValueError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    pixels = Image.fromarray(image if image.dtype == np.uint8 else to_uint8(image))
+    with replacing(path) as file:
+        pixels.save(file, file_format, **options)
 
 
 def check_writable(folder: Path) -> None:

@@ -50,7 +50,6 @@ def denoise_latent(
     """
     dit = bind(DiT, config.dit, weights["dit"])
     lq = {"lq": whiten(lq_latent, weights["statistics"])}
-
     schedule = linear_schedule(config.diffusion)
 
     def predict(noisy, timesteps, condition):
@@ -117,10 +116,13 @@ class Restorer:
         texts = self._texts(len(batch), text, negative_text)
         if denoise:
             check_sampling(self.config, sampling, negative_text is not None)
+        if not 0 <= seed < 2**32:  # jax keeps 32 bits: more would repeat the pictures of other seeds
+            raise ValueError(f"seed {seed} does not lie within 0 to {2**32 - 1}")
         keys = jnp.broadcast_to(jax.random.key(seed), (len(batch),))
         try:
             pictures = to_float(batch) if is_bytes else batch
-            lq = pad_by_reflection(np.stack([resize(picture, height, width) for picture in pictures]))
+            lq = np.stack([resize(picture, height, width) for picture in pictures])
+            lq = pad_by_reflection(lq, FACTOR * self.config.dit.patch)
             progress("encode")
             latent = _encode(self.config, self.weights, lq)
             if denoise:
@@ -217,13 +219,17 @@ def target_size(
     if scale is not None:
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale {scale:g} is not a positive number")
-        target = tuple(max(1, round(side * scale)) for side in size)
-    if min(target) < 1 or max(target) > LARGEST_SIDE:
-        raise ValueError(f"{target[1]} x {target[0]} pixels: a side must lie within 1 to {LARGEST_SIDE}")
-    return target
+        target = tuple(max(1, side * scale) for side in size)
+    if min(target) < 1 or max(target) >= LARGEST_SIDE + 0.5:  # rounded below: a side can be infinite
+        raise ValueError(
+            f"{target[1]:.0f} x {target[0]:.0f} pixels: a side must lie within 1 to {LARGEST_SIDE}"
+        )
+    return round(target[0]), round(target[1])
 
 
-def pad_by_reflection(image: Float32[np.ndarray, "b h w c"]) -> Float32[np.ndarray, "b h2 w2 c"]:
-    """Continue an image on all sides by its mirror image, by MARGIN or more, to sides that are multiples of 32."""
-    rows, columns = ((MARGIN, MARGIN + -side % FACTOR) for side in image.shape[1:3])
+def pad_by_reflection(
+    image: Float32[np.ndarray, "b h w c"], multiple: int
+) -> Float32[np.ndarray, "b h2 w2 c"]:
+    """Continue an image on all sides by its mirror image, by MARGIN or more, to multiples of `multiple` pixels."""
+    rows, columns = ((MARGIN, MARGIN + -(side + 2 * MARGIN) % multiple) for side in image.shape[1:3])
     return np.pad(image, ((0, 0), rows, columns, (0, 0)), "reflect")

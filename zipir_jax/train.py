@@ -34,10 +34,13 @@ def load_config(path: str) -> TrainConfig:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     parser.add_argument("--resume", action="store_true")
-    options, overrides = parser.parse_known_args(arguments)
+    try:
+        options, overrides = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
     if not options.config and "--help" not in overrides:
         raise ValueError("--config is missing: name a config file, such as configs/small_coarse.py")
     default = load_config(options.config) if options.config else TrainConfig()

@@ -109,10 +109,6 @@ def test_a_saved_state_is_refused_by_other_images(config, tmp_path):
             ValueError, match=f"{name}: not the images that the run began with: .*, not Folder"
         ):
             folder(name, others).set_state(state)
-    # States that were saved before they named their source go on as they did.
-    older = folder("older", files)
-    older.set_state({key: value for key, value in state.items() if key != "source"})
-    assert_same(take(older, 2), take(folder("again", files), 4)[2:])
 
 
 def test_every_epoch_shows_each_image_once_in_an_order_and_with_crops_of_its_own(config):

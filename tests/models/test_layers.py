@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,16 @@ CONFIG = AutoencoderConfig(
 @pytest.fixture(name="image")
 def make_image():
     return jax.random.uniform(jax.random.key(0), (2, 12, 20, 3), minval=-1.0)
+
+
+def test_parameters_of_another_config_are_refused_by_name():
+    params = init_params(Encoder, CONFIG, jax.random.key(0))
+    wider = dataclasses.replace(CONFIG, base_channels=8)
+    with pytest.raises(ValueError, match=r"Encoder\.blocks\.0\.conv1\.bias has shape \(4,\), not \(8,\)"):
+        bind(Encoder, wider, params)
+    del params["head"]
+    with pytest.raises(ValueError, match=r"Encoder lacks the tensor head\.bias"):
+        bind(Encoder, CONFIG, params)
 
 
 def test_space_to_depth_puts_each_patch_into_the_channels_of_one_pixel(image):

@@ -286,7 +286,15 @@ def test_an_lp_vae_serves_any_dit_but_hands_none_on_to_a_new_latent_space(traine
     config, weights = trained("dit")
     model = dataclasses.replace(config.model, dit=dataclasses.replace(config.model.dit, layers=3))
     other = make_config("dit", output=str(tmp_path / "dit"), init_from=str(weights), steps=1)
-    train(dataclasses.replace(other, model=model))
+    saved, groups = load_weights(train(dataclasses.replace(other, model=model)), ("dit",))
+    assert saved == model
+    assert groups["dit"]["blocks"]["attention"]["key"]["kernel"].shape[0] == 3
+    schedule = dataclasses.replace(config.model.diffusion, prediction="eps")
+    other = make_config("pixel_decoder", output=str(tmp_path / "decoder"), init_from=str(weights), steps=1)
+    other = dataclasses.replace(other, model=dataclasses.replace(config.model, diffusion=schedule))
+    with pytest.raises(ValueError, match="these weights have another diffusion than the config"):
+        train(dataclasses.replace(other, decoder_noise=(0.0, 0.5)))
+    assert "dit" not in load_weights(train(dataclasses.replace(other, decoder_noise=(0.0, 0.0))), ())[1]
     fine = make_config("fine", output=str(tmp_path / "fine"), init_from=str(weights), steps=1)
     groups = load_weights(train(fine), ())[1]
     assert set(groups) == {"statistics", "coarse_encoder", "fine_encoder", "fine_decoder"}
@@ -364,6 +372,7 @@ def test_the_command_line_says_what_is_wrong_with_the_config_file(tmp_path, call
     empty.write_text("")
     for arguments, message in (
         ((), "--config is missing"),
+        (("--config",), "argument --config: expected one argument"),
         (("--config", tmp_path / "nowhere.py"), "nowhere.py: no such config"),
         (("--config", empty), "empty.py: a config file needs a function named config"),
     ):

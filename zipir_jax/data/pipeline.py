@@ -71,8 +71,7 @@ class _SourceInState(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         position = dict(state)
-        # A state that was saved before states named their source is taken as it is.
-        saved = position.pop("source", repr(self._source))
+        saved = position.pop("source")
         if saved != repr(self._source):
             raise ValueError(
                 f"{self._source.folder}: not the images that the run began with: {self._source}, not {saved}"

@@ -24,7 +24,8 @@ def load_lpips(net: str):
     """
     if net not in LPIPS_NETS:
         raise ValueError(f"LPIPS network {net!r} is not one of {', '.join(LPIPS_NETS)}")
-    params = jax.tree.map(jnp.asarray, LPIPSEvaluator(replicate=False, net=net).params)
+    with jax.ensure_compile_time_eval():  # what is kept must not belong to a program that is being traced
+        params = jax.tree.map(jnp.asarray, LPIPSEvaluator(replicate=False, net=net).params)
 
     def distance(params, a: Float[Array, "b h w 3"], b: Float[Array, "b h w 3"]) -> Float[Array, " b"]:
         return _lpips_between(net, params, _lpips_features(net, params, a), b)

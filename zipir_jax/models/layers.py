@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
 
@@ -42,11 +43,27 @@ def init_params(module_class, config, key) -> dict:
 
 
 def bind(module_class, config, params: dict):
-    """The module `module_class(config)` with these parameters; call it inside any `jax` transform."""
+    """The module `module_class(config)` with these parameters; call it inside any `jax` transform.
+
+    Raises ValueError, naming the tensor, for parameters of another config.
+    """
+    check_shapes(module_class.__name__, params, abstract_params(module_class, config))
     graphdef, state = _abstract(module_class, config)
     state = jax.tree.map(lambda x: x, state)  # a copy of the structure: the cached one stays abstract
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
+
+
+def check_shapes(name: str, tree: dict, expected: dict) -> None:
+    """Raises ValueError naming the first tensor that is missing, unknown, or of another shape than expected."""
+    tree, expected = flatten_dict(tree, sep="."), flatten_dict(expected, sep=".")
+    for path in sorted(tree.keys() | expected.keys()):
+        if path not in tree:
+            raise ValueError(f"{name} lacks the tensor {path}")
+        if path not in expected:
+            raise ValueError(f"{name} has a tensor that its config does not: {path}")
+        if tree[path].shape != expected[path].shape:
+            raise ValueError(f"{name}.{path} has shape {tree[path].shape}, not {expected[path].shape}")
 
 
 def count_params(params: dict) -> int:
@@ -82,27 +99,29 @@ def depth_to_space(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2
     return x.reshape(b, h * patch, w * patch, c // patch**2)
 
 
+def _neighbours(x: Float[Array, "b h w c"], axis: int) -> tuple[Array, Array]:
+    """The pixels before and after each one along `axis`; the edge is its own neighbour."""
+    size = x.shape[axis]
+    padded = jnp.pad(x, [(int(i == axis),) * 2 for i in range(4)], "edge")
+    return (
+        jax.lax.slice_in_dim(padded, 0, size, axis=axis),
+        jax.lax.slice_in_dim(padded, 2, size + 2, axis=axis),
+    )
+
+
 def bilinear_upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """Twice the height and width, pixel centres aligned, edges repeated; reaches one pixel, so it is local."""
     for axis in (1, 2):
-        size = x.shape[axis]
-        edge = [(int(i == axis),) * 2 for i in range(4)]
-        padded = jnp.pad(x, edge, "edge")
-        before = 0.75 * x + 0.25 * jax.lax.slice_in_dim(padded, 0, size, axis=axis)
-        after = 0.75 * x + 0.25 * jax.lax.slice_in_dim(padded, 2, size + 2, axis=axis)
-        shape = (*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
-        x = jnp.stack([before, after], axis + 1).reshape(shape)
+        halves = [0.75 * x + 0.25 * neighbour for neighbour in _neighbours(x, axis)]
+        shape = (*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
+        x = jnp.stack(halves, axis + 1).reshape(shape)
     return x
 
 
 def smooth(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """[1 2 1] / 4 along both sides, edges repeated. What alternates from pixel to pixel vanishes, by 1 - 2 + 1 = 0."""
     for axis in (1, 2):
-        size = x.shape[axis]
-        padded = jnp.pad(x, [(int(i == axis),) * 2 for i in range(4)], "edge")
-        before = jax.lax.slice_in_dim(padded, 0, size, axis=axis)
-        after = jax.lax.slice_in_dim(padded, 2, size + 2, axis=axis)
-        x = 0.5 * x + 0.25 * (before + after)
+        x = 0.5 * x + 0.25 * sum(_neighbours(x, axis))
     return x
 
 

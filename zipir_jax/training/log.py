@@ -1,9 +1,10 @@
 """`metrics.jsonl`: what a run measured of itself, a JSON object a line."""
 
 import json
-import os
 import time
 from pathlib import Path
+
+from zipir_jax.files import replacing
 
 LOG_EVERY = 20  # steps
 
@@ -27,10 +28,8 @@ class MetricsLog:
             if values["step"] <= step:
                 kept.append(line + "\n")
                 self._seconds = values["seconds"]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(f".{self._path.name}")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self._path)
+        with replacing(self._path) as file:
+            file.write("".join(kept).encode())
         self._metrics, self._since = [], time.monotonic()
 
     def add(self, step: int, metrics: dict[str, float]) -> None:

@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import CheckpointManager
-from PIL import Image
 from tqdm import tqdm
 
 from zipir_jax.config import TrainConfig
 from zipir_jax.data.pipeline import batches
 from zipir_jax.data.sources import FolderSource
-from zipir_jax.imageio import to_uint8
+from zipir_jax.imageio import write_image
 from zipir_jax.metrics.fidelity import load_lpips
-from zipir_jax.models.lp_vae import COARSE_FACTOR
+from zipir_jax.models.lp_vae import COARSE_FACTOR, FACTOR
 from zipir_jax.training import checkpoint
 from zipir_jax.training.log import MetricsLog
 from zipir_jax.training.losses import LPIPS_SMALLEST, lpips_net
@@ -51,9 +50,12 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     needed = stage.needs(config)
     if config.init_from:
         model, pretrained = load_weights(config.init_from, needed)
-        for part in ("lp_vae", "dit", "diffusion") if "dit" in needed else ("lp_vae",):
+        for part in ("lp_vae", "dit", "diffusion"):
             if getattr(model, part) != getattr(config.model, part):
-                raise ValueError(f"{config.init_from}: these weights have another {part} than the config")
+                if part == "lp_vae" or "dit" in needed:
+                    raise ValueError(f"{config.init_from}: these weights have another {part} than the config")
+                # An LP-VAE serves any DiT, but a DiT of another config is neither gone on from nor handed on.
+                pretrained.pop("dit", None)
     source = FolderSource(config.data.folder, config.data.crop, config.data.cache_gib)
     checkpoints = checkpoint.manager(output / "checkpoints")
     if checkpoints.latest_step() is not None and not resume:
@@ -149,8 +151,9 @@ def check(config: TrainConfig) -> None:
         raise ValueError("output is empty: name the folder of the run")
     if not config.data.folder:
         raise ValueError("data.folder is empty: name the folder of the training images")
-    if config.data.crop % 32:
-        raise ValueError(f"data.crop {config.data.crop} is not a multiple of 32")
+    multiple = FACTOR * config.model.dit.patch
+    if config.data.crop % multiple:
+        raise ValueError(f"data.crop {config.data.crop} is not a multiple of {multiple}")
     if config.stage != "dit":
         side = config.data.crop // (COARSE_FACTOR if config.stage == "coarse" else 1)
         smallest = max(LPIPS_SMALLEST, config.loss.lpips_crop)
@@ -199,5 +202,4 @@ def save_grid(path: Path, columns: list) -> None:
         np.repeat(np.repeat(np.asarray(c), height // c.shape[1], 1), height // c.shape[1], 2) for c in columns
     ]
     rows = [np.concatenate(row, 1) for row in zip(*columns, strict=True)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(to_uint8(np.concatenate(rows))).save(path)
+    write_image(path, np.concatenate(rows))

@@ -7,7 +7,6 @@ dit, pixel_decoder.
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import dacite
@@ -18,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save
 
 from zipir_jax.config import ModelConfig
+from zipir_jax.files import replacing
 from zipir_jax.models.dit import DiT
-from zipir_jax.models.layers import abstract_params
+from zipir_jax.models.layers import abstract_params, check_shapes
 from zipir_jax.models.lp_vae import MACRO_CHANNELS, Decoder, Encoder
 from zipir_jax.models.pixel_decoder import PixelDecoder
 
@@ -45,14 +45,11 @@ def abstract_weights(config: ModelConfig) -> dict:
 def save_weights(folder: Path, config: ModelConfig, weights: dict) -> None:
     """Write a config and its weights; dtypes are kept. A reader finds the old files or the new, never half of one."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {".".join(path): jnp.asarray(leaf) for path, leaf in flatten_dict(weights).items()}
-    temporary = folder / ".model.safetensors"
-    temporary.write_bytes(save(tensors))  # `save_file` would let nobody but the owner read it
-    os.replace(temporary, folder / "model.safetensors")
-    temporary = folder / ".config.json"
-    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    os.replace(temporary, folder / "config.json")
+    with replacing(folder / "model.safetensors") as file:
+        file.write(save(tensors))  # `save_file` would let nobody but the owner read it
+    with replacing(folder / "config.json") as file:
+        file.write((json.dumps(dataclasses.asdict(config), indent=2) + "\n").encode())
 
 
 def load_weights(folder: Path | str, needed: tuple[str, ...]) -> tuple[ModelConfig, dict]:
@@ -87,15 +84,3 @@ def load_weights(folder: Path | str, needed: tuple[str, ...]) -> tuple[ModelConf
             wanted = {name: s for name, s in wanted.items() if name in tree or not name.startswith("latent_")}
         check_shapes(f"{folder}: {group}", tree, wanted)
     return config, loaded
-
-
-def check_shapes(name: str, tree: dict, expected: dict) -> None:
-    """Raises ValueError naming the first tensor that is missing, unknown, or of another shape than expected."""
-    tree, expected = flatten_dict(tree, sep="."), flatten_dict(expected, sep=".")
-    for path in sorted(tree.keys() | expected.keys()):
-        if path not in tree:
-            raise ValueError(f"{name} lacks the tensor {path}")
-        if path not in expected:
-            raise ValueError(f"{name} has a tensor that its config does not: {path}")
-        if tree[path].shape != expected[path].shape:
-            raise ValueError(f"{name}.{path} has shape {tree[path].shape}, not {expected[path].shape}")

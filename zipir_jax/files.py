@@ -1,0 +1,33 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` once the block ends; a reader finds the old file or the new one.
+
+    Missing folders are made. Raises ValueError, with the path in it, where the file or its folder cannot be written;
+    then, and after any other error within the block, `path` is as it was.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not by tempfile: its files are their owner's alone, and the umask cannot be asked for without setting it.
+        temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+        file = temporary.open("xb")
+    except OSError as error:
+        raise ValueError(f"{path.parent}: cannot be written to ({error.strerror})") from None
+    try:
+        with file:
+            yield file
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:  # Pillow's encoders raise either
+        raise ValueError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
