@@ -2,7 +2,7 @@
 
 python -m zipir_jax.train --config configs/small_dit.py --data.folder PHOTOS
 
-Two CPU cores: 900 steps in 17 minutes, to a loss of 0.43.
+Two CPU cores: 900 steps in 16 minutes, to a loss of 0.33.
 """
 
 from zipir_jax.config import MODELS, DataConfig, DegradationConfig, OptimizerConfig, TrainConfig
