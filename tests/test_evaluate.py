@@ -141,6 +141,8 @@ def test_errors_are_one_sentence(photographs, tiny_weights, tmp_path, call):
             "either --hq with a folder of photographs or --photo with a name",
         ),
         ([*folder, "--limit", "0"], "limit 0 is below 1"),
+        ([*folder, "--seed", "4294967296"], "seed 4294967296 does not lie within 0 to 4294967295"),
+        ([*folder, "--output", tmp_path], "exists and is not a regular file"),
         ([*folder, "--weights", tmp_path / "empty"], "empty: no weights here (config.json is missing)"),
         ([*folder, "--output", photographs / "a.png" / "results.json"], "a.png"),
     ]:

@@ -107,7 +107,18 @@ def test_both_readers_read_the_same(smooth, tmp_path, mode):
     np.testing.assert_array_equal(read, to_uint8(read_image(path)))
 
 
-def test_damage_elsewhere_in_the_exif_data_is_no_reason_to_refuse_a_photograph(smooth, tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_a_photograph_whose_exif_data_are_garbage_counts_as_upright(smooth, tmp_path, suffix):
+    options = {"quality": 95, "subsampling": 0} if suffix == "jpg" else {"lossless": True}
+    for name, header in (("broken", b"II*\0garbage"), ("none", None)):
+        exif = {} if header is None else {"exif": b"Exif\0\0" + header}
+        Image.fromarray(smooth).save(tmp_path / f"{name}.{suffix}", **options, **exif)
+    np.testing.assert_array_equal(
+        read_image_uint8(tmp_path / f"broken.{suffix}"), read_image_uint8(tmp_path / f"none.{suffix}")
+    )
+
+
+def test_damage_elsewhere_in_the_exif_data_does_not_hide_the_orientation(smooth, tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     exif[0x010F] = "maker"

@@ -165,6 +165,13 @@ def test_folder_to_folder_goes_on_after_a_bad_file(photograph, call, tiny_weight
     assert sorted(path.name for path in output.iterdir()) == ["a.jpg.png", "a.png.png", "c.png"]
 
 
+def test_a_seed_that_is_none_is_one_error_and_not_one_for_each_file(photograph, restore, tmp_path):
+    write_image(tmp_path / "in" / "a.png", photograph)
+    status, out, err = restore("--input", tmp_path / "in", "--output", tmp_path / "out", "--seed", "-1")
+    assert (status, out) == (2, "")
+    assert err.strip() == "error: seed -1 does not lie within 0 to 4294967295."
+
+
 def test_a_whole_folder_gives_status_0(photograph, restore, tmp_path):
     write_image(tmp_path / "in" / "a.png", photograph)
     status, out, _ = restore("--input", tmp_path / "in", "--output", tmp_path / "out", "--scale", "1")

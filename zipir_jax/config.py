@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+LARGEST_SEED = 2**32 - 1  # jax keeps 32 bits: a larger one would repeat the numbers of another
+
 # --------------------------------------------------------------------------------------------------
 # Degradation: what turns a clean photograph into the low-quality (LQ) input.
 # --------------------------------------------------------------------------------------------------
@@ -58,6 +60,12 @@ def _check_decay(name, value):
 def _check_at_least(name, value, lowest):
     if not value >= lowest:  # so put, NaN is refused as well
         raise ValueError(f"{name} {value} is not at least {lowest}.")
+
+
+def check_seed(seed, largest=LARGEST_SEED):
+    """Raises ValueError unless 0 <= seed <= largest."""
+    if not 0 <= seed <= largest:
+        raise ValueError(f"seed {seed} does not lie within 0 to {largest}.")
 
 
 def _check_positive(name, value):
@@ -459,8 +467,7 @@ class TrainConfig:
 
     def __post_init__(self):
         _check_at_least("steps", self.steps, 1)
-        if not 0 <= self.seed <= 2**32 - 3:  # jax keeps 32 bits, and training draws from seed + 2 as well
-            raise ValueError(f"seed {self.seed} does not lie within 0 to {2**32 - 3}.")
+        check_seed(self.seed, LARGEST_SEED - 2)  # the data draws from seed + 1 and seed + 2 as well
         _check_decay("ema_decay", self.ema_decay)
         _check_at_least("checkpoint_minutes", self.checkpoint_minutes, 0)
         _check_at_least("sample_every", self.sample_every, 1)

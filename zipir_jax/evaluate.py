@@ -17,10 +17,10 @@ import tyro
 from tqdm import tqdm
 
 from zipir_jax.command_line import cache_compiled_programs, machine, parse, run
-from zipir_jax.config import TASKS, SamplingConfig
+from zipir_jax.config import TASKS, SamplingConfig, check_seed
 from zipir_jax.data.degrade import MINIMUM_SIDE, apply_task
 from zipir_jax.data.preview import side_by_side
-from zipir_jax.files import replacing
+from zipir_jax.files import check_replaceable, replacing
 from zipir_jax.imageio import (
     check_writable,
     distinct_names,
@@ -76,6 +76,9 @@ def evaluate(
     paths = find_photographs(hq, photo, limit)
     for path in paths:  # a damaged or too small picture ends it now, not after an hour's work
         read_original(path)
+    check_seed(seed)
+    if output is not None:
+        check_replaceable(output)
     for folder in (output and output.parent, pictures):
         if folder is not None:
             check_writable(folder)

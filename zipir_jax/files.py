@@ -12,10 +12,13 @@ from typing import BinaryIO
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` once the block ends; a reader finds the old file or the new one.
 
-    Missing folders are made. Raises ValueError, with the path in it, where the file or its folder cannot be written;
-    then, and after any other error within the block, `path` is as it was.
+    Missing folders are made; through a link its target is replaced. Raises ValueError, with the path in it, where the
+    file or its folder cannot be written; then, and after any other error within the block, `path` is as it was.
     """
     path = Path(path)
+    check_replaceable(path)
+    if path.is_symlink():
+        path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not by tempfile: its files are their owner's alone, and the umask cannot be asked for without setting it.
@@ -31,3 +34,9 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         raise ValueError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises ValueError for what exists and is no file: a folder, a device, a pipe."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: exists and is not a regular file")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import struct
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -88,8 +89,7 @@ def _decode(path):
     """uint8 [h, w, 3], or float32 in [0, 1] for a file of more than 8 bits."""
     with _opened(path) as image:
         image.load()
-        # Not by `ImageOps.exif_transpose`: it packs the other EXIF data anew and fails where one of them is damaged.
-        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = UPRIGHT.get(_orientation(image))
         image = image if turn is None else image.transpose(turn)
         if not image.mode.startswith("I") and image.mode != "F":
             return np.asarray(image.convert("RGB"))
@@ -100,6 +100,17 @@ def _decode(path):
             whites = [65535]
         white = next((white for white in whites if pixels.max() <= white), pixels.max())
         return np.repeat(np.clip(pixels / white, 0, 1)[..., None], 3, -1)
+
+
+def _orientation(image):
+    """EXIF orientation, 1 to 8; None where there is none or the EXIF data are damaged: the pixels are not.
+
+    `ImageOps.exif_transpose` packs the other EXIF data anew, and fails where one of them is damaged.
+    """
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except (SyntaxError, ValueError, struct.error):
+        return None
 
 
 @contextlib.contextmanager

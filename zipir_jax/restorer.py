@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Key, UInt8
 
-from zipir_jax.config import ModelConfig, SamplingConfig
+from zipir_jax.config import ModelConfig, SamplingConfig, check_seed
 from zipir_jax.diffusion.guidance import guided
 from zipir_jax.diffusion.objective import predict_eps
 from zipir_jax.diffusion.samplers import ddim, initial_noise
@@ -116,8 +116,7 @@ class Restorer:
         texts = self._texts(len(batch), text, negative_text)
         if denoise:
             check_sampling(self.config, sampling, negative_text is not None)
-        if not 0 <= seed < 2**32:  # jax keeps 32 bits: more would repeat the pictures of other seeds
-            raise ValueError(f"seed {seed} does not lie within 0 to {2**32 - 1}")
+        check_seed(seed)
         keys = jnp.broadcast_to(jax.random.key(seed), (len(batch),))
         try:
             pictures = to_float(batch) if is_bytes else batch

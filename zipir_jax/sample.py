@@ -9,7 +9,7 @@ import tyro
 from tqdm import tqdm
 
 from zipir_jax.command_line import cache_compiled_programs, parse, run
-from zipir_jax.config import SamplingConfig
+from zipir_jax.config import SamplingConfig, check_seed
 from zipir_jax.imageio import (
     OUTPUT_FORMATS,
     check_writable,
@@ -47,6 +47,7 @@ def restore_files(
         sampling: how the latent is sampled
     """
     target = None if size is None else parse_size(size)
+    check_seed(seed)
     if scale is None and target is None:
         scale = 4.0
     jobs = plan(input, output, format)

@@ -150,3 +150,17 @@ def test_only_flat_regions_of_the_original_count():
     pattern = 0.1 * fixed_pattern(4, 512)
     assert grid_energy(original + np.where(half, pattern, 0), original)[4] < 1e-6
     assert grid_energy(original + np.where(half, 0, pattern), original)[4] > 1
+
+
+def test_lpips_that_is_first_asked_for_inside_a_program_serves_outside_of_it():
+    load_lpips.cache_clear()
+    image = jnp.zeros((1, 64, 64, 3))
+
+    @jax.jit
+    def inside(a, b):
+        params, distance = load_lpips("alexnet")
+        return distance(params, a, b)
+
+    traced = inside(image, image + 0.5)
+    params, distance = load_lpips("alexnet")  # the cached one
+    np.testing.assert_allclose(distance(params, image, image + 0.5), traced, rtol=1e-5)

@@ -289,6 +289,14 @@ def test_an_lp_vae_serves_any_dit_but_hands_none_on_to_a_new_latent_space(traine
     saved, groups = load_weights(train(dataclasses.replace(other, model=model)), ("dit",))
     assert saved == model
     assert groups["dit"]["blocks"]["attention"]["key"]["kernel"].shape[0] == 3
+    # Where only the computing or the timesteps to train on differ, it is the same DiT, and is gone on from.
+    schedule = dataclasses.replace(config.model.diffusion, logit_normal_mean=0.5)
+    model = dataclasses.replace(config.model, diffusion=schedule)
+    slow = dataclasses.replace(config.optimizer, learning_rate=1e-9, final_learning_rate=0.0)
+    other = make_config("dit", output=str(tmp_path / "on"), init_from=str(weights), steps=1, optimizer=slow)
+    before = load_weights(weights, ())[1]["dit"]
+    after = load_weights(train(dataclasses.replace(other, model=model)), ())[1]["dit"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), before, after)
     schedule = dataclasses.replace(config.model.diffusion, prediction="eps")
     other = make_config("pixel_decoder", output=str(tmp_path / "decoder"), init_from=str(weights), steps=1)
     other = dataclasses.replace(other, model=dataclasses.replace(config.model, diffusion=schedule))

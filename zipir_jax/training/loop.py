@@ -1,5 +1,6 @@
 """The training loop: read it top to bottom."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -14,7 +15,7 @@ import numpy as np
 from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
 
-from zipir_jax.config import TrainConfig
+from zipir_jax.config import DiffusionConfig, DiTConfig, LPVAEConfig, TrainConfig
 from zipir_jax.data.pipeline import batches
 from zipir_jax.data.sources import FolderSource
 from zipir_jax.imageio import write_image
@@ -51,11 +52,13 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if config.init_from:
         model, pretrained = load_weights(config.init_from, needed)
         for part in ("lp_vae", "dit", "diffusion"):
-            if getattr(model, part) != getattr(config.model, part):
+            if _meaning(getattr(model, part)) != _meaning(getattr(config.model, part)):
+                other = f"{config.init_from}: these weights have another {part} than the config"
                 if part == "lp_vae" or "dit" in needed:
-                    raise ValueError(f"{config.init_from}: these weights have another {part} than the config")
+                    raise ValueError(other)
                 # An LP-VAE serves any DiT, but a DiT of another config is neither gone on from nor handed on.
-                pretrained.pop("dit", None)
+                if pretrained.pop("dit", None) is not None:
+                    print(f"{other}; their DiT is not used", file=sys.stderr)
     source = FolderSource(config.data.folder, config.data.crop, config.data.cache_gib)
     checkpoints = checkpoint.manager(output / "checkpoints")
     if checkpoints.latest_step() is not None and not resume:
@@ -141,6 +144,12 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     kept = pretrained if "fine_encoder" in needed else {group: pretrained[group] for group in needed}
     save_weights(output / "weights", config.model, kept | groups)
     return output / "weights"
+
+
+def _meaning(part: LPVAEConfig | DiTConfig | DiffusionConfig) -> dict:
+    """The fields that trained weights depend on; the others say how to compute, or which timesteps to train on."""
+    free = {"attention", "compute_dtype", "logit_normal_mean", "logit_normal_std"}
+    return {k: v for k, v in dataclasses.asdict(part).items() if k not in free}
 
 
 def check(config: TrainConfig) -> None:
