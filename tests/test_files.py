@@ -1,10 +1,11 @@
 """Files that appear whole or not at all."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from zipir_jax.files import replacing
+from zipir_jax.files import check_writable, replacing
 
 
 def write(path, content):
@@ -47,3 +48,22 @@ def test_neither_a_folder_nor_a_pipe_is_replaced(tmp_path):
         with pytest.raises(ValueError, match=f"{name}: exists and is not a regular file"):
             write(tmp_path / name, b"")
     assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+
+
+def test_a_folder_is_found_unwritable_without_being_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "astray").symlink_to(tmp_path / "nowhere")
+    check_writable(tmp_path)
+    check_writable(tmp_path / "new" / "folders")
+    monkeypatch.chdir(tmp_path)
+    check_writable(Path("relative"))
+    for folder, blocker in [("file", "file"), ("file/below", "file"), ("astray/below", "astray")]:
+        with pytest.raises(ValueError) as raised:
+            check_writable(tmp_path / folder)
+        assert str(raised.value) == (
+            f"{tmp_path / folder}: cannot be written to ({tmp_path / blocker} is not a folder)"
+        )
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ValueError, match=r"new: cannot be written to \(no permission to write in .*\)"):
+        check_writable(tmp_path / "new")
+    assert sorted(os.listdir(tmp_path)) == ["astray", "file"]

@@ -15,7 +15,6 @@ from PIL import Image, ImageOps
 from zipir_jax import imageio
 from zipir_jax.imageio import (
     check_dtype_and_shape,
-    check_writable,
     distinct_names,
     list_images,
     read_image,
@@ -359,25 +358,6 @@ def test_unwritable_folder_is_named(smooth, tmp_path):
         with pytest.raises(ValueError, match="cannot be written to") as raised:
             write_image(tmp_path / folder / "a.png", smooth)
         assert str(tmp_path / folder) in str(raised.value)
-
-
-def test_a_folder_is_found_unwritable_without_being_made(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    (tmp_path / "astray").symlink_to(tmp_path / "nowhere")
-    check_writable(tmp_path)
-    check_writable(tmp_path / "new" / "folders")
-    monkeypatch.chdir(tmp_path)
-    check_writable(imageio.Path("relative"))
-    for folder, blocker in [("file", "file"), ("file/below", "file"), ("astray/below", "astray")]:
-        with pytest.raises(ValueError) as raised:
-            check_writable(tmp_path / folder)
-        assert str(raised.value) == (
-            f"{tmp_path / folder}: cannot be written to ({tmp_path / blocker} is not a folder)"
-        )
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(ValueError, match=r"new: cannot be written to \(no permission to write in .*\)"):
-        check_writable(tmp_path / "new")
-    assert sorted(os.listdir(tmp_path)) == ["astray", "file"]
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a", "a.png.txt"])

@@ -446,9 +446,8 @@ class TrainConfig:
     stage: str = "coarse"  # coarse | fine | dit | pixel_decoder
     model: ModelConfig = ModelConfig()
     output: str = ""  # run folder: checkpoints, samples, weights
-    init_from: str = (
-        ""  # weights of the stages before, required by all but coarse; this stage's own go on from there
-    )
+    # Weights of the stages before, required by all but coarse; this stage's own, where they are among them, go on.
+    init_from: str = ""
     data: DataConfig = DataConfig()
     degradation: DegradationConfig = DegradationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -20,9 +20,8 @@ from zipir_jax.command_line import cache_compiled_programs, machine, parse, run
 from zipir_jax.config import TASKS, SamplingConfig, check_seed
 from zipir_jax.data.degrade import MINIMUM_SIDE, apply_task
 from zipir_jax.data.preview import side_by_side
-from zipir_jax.files import check_replaceable, replacing
+from zipir_jax.files import check_replaceable, check_writable, replacing
 from zipir_jax.imageio import (
-    check_writable,
     distinct_names,
     list_images,
     read_image_uint8,
@@ -73,15 +72,15 @@ def evaluate(
         sampling: how the latent is sampled
     """
     tasks = parse_tasks(task)
-    paths = find_photographs(hq, photo, limit)
-    for path in paths:  # a damaged or too small picture ends it now, not after an hour's work
-        read_original(path)
     check_seed(seed)
+    paths = find_photographs(hq, photo, limit)
     if output is not None:
         check_replaceable(output)
     for folder in (output and output.parent, pictures):
         if folder is not None:
             check_writable(folder)
+    for path in paths:  # a damaged or too small picture ends it now, not after an hour's work
+        read_original(path)
     # Importing jax takes seconds; bad arguments should not wait for it.
     from zipir_jax.metrics.scoring import BASELINE, Reference, describe, run_methods, summarise, table
     from zipir_jax.restorer import Restorer, check_sampling

@@ -40,3 +40,12 @@ def check_replaceable(path: Path) -> None:
     """Raises ValueError for what exists and is no file: a folder, a device, a pipe."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: exists and is not a regular file")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError where `replacing` could not write into a folder, which need not exist; makes nothing."""
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ValueError(f"{folder}: cannot be written to ({existing} is not a folder)")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: cannot be written to (no permission to write in {existing})")

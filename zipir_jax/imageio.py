@@ -1,7 +1,6 @@
 """Image files to arrays and back."""
 
 import contextlib
-import os
 import struct
 import warnings
 from collections import Counter
@@ -206,12 +205,3 @@ def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarr
     pixels = Image.fromarray(image if image.dtype == np.uint8 else to_uint8(image))
     with replacing(path) as file:
         pixels.save(file, file_format, **options)
-
-
-def check_writable(folder: Path) -> None:
-    """Raises ValueError where `write_image` could not write into a folder, which need not exist; makes nothing."""
-    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        raise ValueError(f"{folder}: cannot be written to ({existing} is not a folder)")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder}: cannot be written to (no permission to write in {existing})")

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from zipir_jax.command_line import cache_compiled_programs, parse, run
 from zipir_jax.config import SamplingConfig, check_seed
+from zipir_jax.files import check_writable
 from zipir_jax.imageio import (
     OUTPUT_FORMATS,
-    check_writable,
     distinct_names,
     list_images,
     read_image,
