@@ -196,8 +196,7 @@ class SyntheticConfig:
     """Synthetic training images: textured and shaded dead leaves. A pair is (lowest, highest) of what is drawn.
 
     Radii fall as r^-3, the one law under which dead leaves look alike at all scales (Lee, Mumford and Huang 2001).
-    Pixels are those of the finished image. Where the comment names no source, the value is ours,
-    chosen by eye.
+    Pixels are those of the finished image. Where the comment names no source, the value is ours, chosen by eye.
     """
 
     # A leaf's radius is that of the disc of its area. Each image draws its own bounds log-uniformly: a lower one near
@@ -217,25 +216,23 @@ class SyntheticConfig:
 
     # Colours are normal in the logarithm of linear light, along the axes grey, yellow-blue and red-green (Ruderman,
     # Cronin and Chiao 1998). Moments near those of scikit-image's four colour photographs: deviations 1.1 to 2.6,
-    # 0.34 to 0.61 and 0.16 to 0.56, part of which is left to shading and texture; means of the last two 0.4 and 0.4;
-    # yellow-blue goes with red-green, for nature is rather orange and blue than purple.
+    # 0.34 to 0.61 and 0.16 to 0.56, part of which is left to shading and texture; the last two
+    # correlate by 0.73 to 0.97, for the world is rather orange and blue than green and purple. Their means there are
+    # 0.4 and 0.4; ours are lower, as three of the four are of warm things.
     colour_std: tuple[float, float, float] = (1.1, 0.4, 0.25)  # natural logarithm
     colour_mean: tuple[float, float] = (0.25, 0.12)  # of yellow-blue and red-green, natural logarithm
     colour_correlation: float = 0.75  # of yellow-blue and red-green
     palette: tuple[int, int] = (3, 7)  # colours an image's leaves gather around
     palette_spread: float = 0.35  # deviation of leaves around their palette colour / colour_std
-    palette_patches: float = (
-        1.5  # how strongly neighbours share a palette colour: deviation of the local log odds
-    )
+    # How strongly neighbours share a palette colour: deviation of the local log odds.
+    palette_patches: float = 1.5
 
     textures: int = 5  # different ones in an image
     texture_contrast: float = 0.2  # mean over leaves of the deviation of log luminance; exponential
     # alpha of amplitude ~ 1 / f^alpha; whole photographs have 0.8 to 1.5 (Tolhurst, Tadmor and Chao 1992).
     noise_exponent: tuple[float, float] = (0.6, 1.8)
-    noise_stretch: tuple[float, float] = (
-        1.0,
-        6.0,
-    )  # correlation length along the grain / across, log-uniform
+    # Correlation length along the grain / across, log-uniform.
+    noise_stretch: tuple[float, float] = (1.0, 6.0)
     gratings: float = 0.2  # share of textures that are warped stripes
     grating_period: tuple[float, float] = (4.0, 40.0)  # pixels, log-uniform
     grating_warp: tuple[float, float] = (0.0, 5.0)  # rms shift of the stripes' phase, radians
@@ -246,10 +243,8 @@ class SyntheticConfig:
     shadow: tuple[float, float] = (0.0, 1.5)  # fall of log luminance under the highest leaf beside the lowest
     shadow_sigma: tuple[float, float] = (1.5, 8.0)  # pixels, softness and half the length of the shadows
 
-    exposure: tuple[float, float] = (
-        0.1,
-        0.3,
-    )  # mean of the finished image, linear light, 1 = white; log-uniform
+    # Mean of the finished image, linear light, 1 = white; log-uniform.
+    exposure: tuple[float, float] = (0.1, 0.3)
     lens_sigma: tuple[float, float] = (0.3, 0.8)  # pixels, Gaussian blur of the finished image
 
     def __post_init__(self):
