@@ -195,6 +195,102 @@ class DegradationConfig:
 
 
 # --------------------------------------------------------------------------------------------------
+# Synthetic images
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticConfig:
+    """Synthetic training images: textured and shaded dead leaves. A pair is (lowest, highest) of what is drawn.
+
+    Radii fall as r^-3, the one law under which dead leaves look alike at all scales (Lee, Mumford and Huang 2001).
+    Pixels are those of the finished image. Where the comment names no source, the value is ours, chosen by eye.
+    """
+
+    # A leaf's radius is that of the disc of its area. Each image draws its own bounds log-uniformly: a lower one near
+    # the pixel fills the image with fine clutter, a higher one leaves plain surfaces.
+    smallest_radius: tuple[float, float] = (1.5, 8.0)  # pixels
+    largest_radius: tuple[float, float] = (0.25, 0.8)  # of the image's side
+    layers: float = 3.0  # leaves over a point of the image, on average; exp(-layers) of the ground stays bare
+
+    # Shares of the shapes; they sum to 1.
+    ellipses: float = 0.25
+    rectangles: float = 0.2
+    polygons: float = 0.25  # straight borders between corners at random angles and distances
+    blobs: float = 0.3  # smooth borders, a sum of harmonics
+    aspect: tuple[float, float] = (1.0, 4.0)  # length / width, log-uniform; of every shape
+    corners: tuple[int, int] = (3, 8)  # of a polygon
+    wobble: tuple[float, float] = (0.05, 0.3)  # rms of a polygon's or blob's border around its disc, in radii
+
+    # Colours are normal in the logarithm of linear light, along the axes grey, yellow-blue and red-green (Ruderman,
+    # Cronin and Chiao 1998). Moments near those of scikit-image's four colour photographs: deviations 1.1 to 2.6,
+    # 0.34 to 0.61 and 0.16 to 0.56, part of which is left to shading and texture; the last two
+    # correlate by 0.73 to 0.97, for the world is rather orange and blue than green and purple. Their means there are
+    # 0.4 and 0.4; ours are lower, as three of the four are of warm things.
+    colour_std: tuple[float, float, float] = (1.1, 0.4, 0.25)  # natural logarithm
+    colour_mean: tuple[float, float] = (0.25, 0.12)  # of yellow-blue and red-green, natural logarithm
+    colour_correlation: float = 0.75  # of yellow-blue and red-green
+    palette: tuple[int, int] = (3, 7)  # colours an image's leaves gather around
+    palette_spread: float = 0.35  # deviation of leaves around their palette colour / colour_std
+    # How strongly neighbours share a palette colour: deviation of the local log odds.
+    palette_patches: float = 1.5
+
+    textures: int = 5  # different ones in an image
+    texture_contrast: float = 0.2  # mean over leaves of the deviation of log luminance; exponential
+    # alpha of amplitude ~ 1 / f^alpha; whole photographs have 0.8 to 1.5 (Tolhurst, Tadmor and Chao 1992).
+    noise_exponent: tuple[float, float] = (0.6, 1.8)
+    # Correlation length along the grain / across, log-uniform.
+    noise_stretch: tuple[float, float] = (1.0, 6.0)
+    gratings: float = 0.2  # share of textures that are warped stripes
+    grating_period: tuple[float, float] = (4.0, 40.0)  # pixels, log-uniform
+    grating_warp: tuple[float, float] = (0.0, 5.0)  # rms shift of the stripes' phase, radians
+
+    gradient: float = 0.3  # deviation of the change of log luminance from a leaf's middle to its rim
+    roundness: tuple[float, float] = (0.0, 0.5)  # fall of log luminance from middle to rim, as of a ball
+    lighting: float = 0.4  # deviation of the change of log luminance from the image's middle to its edge
+    shadow: tuple[float, float] = (0.0, 1.5)  # fall of log luminance under the highest leaf beside the lowest
+    shadow_sigma: tuple[float, float] = (1.5, 8.0)  # pixels, softness and half the length of the shadows
+
+    # Mean of the finished image, linear light, 1 = white; log-uniform.
+    exposure: tuple[float, float] = (0.1, 0.3)
+    lens_sigma: tuple[float, float] = (0.3, 0.8)  # pixels, Gaussian blur of the finished image
+
+    def __post_init__(self):
+        _check_range("smallest_radius", self.smallest_radius, 0.5)
+        _check_range("largest_radius", self.largest_radius, 0.01, 4)
+        _check_positive("layers", self.layers)
+        shapes = (self.ellipses, self.rectangles, self.polygons, self.blobs)
+        for name, share in zip(("ellipses", "rectangles", "polygons", "blobs"), shapes, strict=True):
+            _check_probability(name, share)
+        if abs(sum(shapes) - 1) > 1e-6:
+            raise ValueError(f"the shares of the shapes sum to {sum(shapes):g} instead of 1.")
+        _check_range("aspect", self.aspect, 1, 16)
+        _check_range("corners", self.corners, 3, 12)
+        _check_range("wobble", self.wobble, 0, 0.5)
+        for value in self.colour_std:
+            _check_at_least("colour_std", value, 0)
+        if not -1 <= self.colour_correlation <= 1:
+            raise ValueError(f"colour_correlation {self.colour_correlation} does not lie within -1 to 1.")
+        _check_range("palette", self.palette, 1)
+        _check_at_least("palette_spread", self.palette_spread, 0)
+        _check_at_least("palette_patches", self.palette_patches, 0)
+        _check_at_least("textures", self.textures, 1)
+        _check_at_least("texture_contrast", self.texture_contrast, 0)
+        _check_range("noise_exponent", self.noise_exponent, 0, 4)
+        _check_range("noise_stretch", self.noise_stretch, 1)
+        _check_probability("gratings", self.gratings)
+        _check_range("grating_period", self.grating_period, 2)  # pixels: Nyquist
+        _check_range("grating_warp", self.grating_warp, 0)
+        _check_at_least("gradient", self.gradient, 0)
+        _check_range("roundness", self.roundness, 0)
+        _check_at_least("lighting", self.lighting, 0)
+        _check_range("shadow", self.shadow, 0)
+        _check_range("shadow_sigma", self.shadow_sigma, 0.1)
+        _check_range("exposure", self.exposure, 0.001, 1)
+        _check_range("lens_sigma", self.lens_sigma, 0.1, 1)
+
+
+# --------------------------------------------------------------------------------------------------
 # Diffusion
 # --------------------------------------------------------------------------------------------------
 
