@@ -62,6 +62,11 @@ def _check_at_least(name, value, lowest):
         raise ValueError(f"{name} {value} is not at least {lowest}.")
 
 
+def _check_one_of(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r} is not one of {', '.join(allowed)}.")
+
+
 def check_seed(seed, largest=LARGEST_SEED):
     """Raises ValueError unless 0 <= seed <= largest."""
     if not 0 <= seed <= largest:
@@ -309,8 +314,7 @@ class DiffusionConfig:
     def __post_init__(self):
         _check_at_least("train_timesteps", self.train_timesteps, 1)
         _check_range("betas", (self.beta_start, self.beta_end), 0, 1)
-        if self.prediction not in ("eps", "v"):
-            raise ValueError(f"prediction {self.prediction!r} is neither eps nor v")
+        _check_one_of("prediction", self.prediction, ("eps", "v"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -333,10 +337,12 @@ class AutoencoderConfig:
     unfold: bool = False
     pixel_channels: int = 12  # of the decoder at full resolution, twice as many at half; only where patch > 1
     compute_dtype: str = "bfloat16"
+    remat: str = "none"  # what training computes anew instead of keeping: none, or full: each residual block
 
     def __post_init__(self):
         if self.patch < 1 or self.patch & (self.patch - 1):
             raise ValueError(f"patch {self.patch} is not a power of two")
+        _check_one_of("remat", self.remat, ("none", "full"))
 
     @property
     def factor(self) -> int:
@@ -383,6 +389,7 @@ class DiTConfig:
     bias: bool = False  # in the linear layers of attention and feed-forward
     attention: str = "xla"  # implementation: see models/attention.py
     compute_dtype: str = "bfloat16"
+    remat: str = "none"  # what training computes anew instead of keeping: see REMAT in models/dit.py
 
     def __post_init__(self):
         for name in ("layers", "width", "heads", "mlp_ratio", "patch", "latent_channels"):
@@ -392,8 +399,8 @@ class DiTConfig:
                 f"width {self.width} over {self.heads} heads is not a multiple of 4 channels a head, "
                 "which 2-D rotary positions need"
             )
-        if self.attention not in ("xla", "cudnn"):
-            raise ValueError(f"attention {self.attention!r} is neither xla nor cudnn")
+        _check_one_of("attention", self.attention, ("xla", "cudnn"))
+        _check_one_of("remat", self.remat, ("none", "attention", "full"))
 
     @property
     def modulations(self) -> int:
@@ -472,22 +479,71 @@ class DiscriminatorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Training images and how they are cut."""
+    """Training images, how they are cut, and how many make a batch."""
 
-    folder: str = ""  # searched with its subfolders
-    crop: int = 512  # pixels, side of the square crop; a multiple of 32
-    batch_size: int = 160  # images
-    zoom: tuple[float, float] = (0.5, 1.0)  # each crop is a region of crop / zoom pixels, shrunk to crop
-    rotate: bool = False  # by multiples of 90 degrees; horizontal flips are always on
-    threads: int = 4  # that read and degrade; 0 = the training loop itself does it
-    cache_gib: float = 0.0  # memory for decoded images, so that each is decoded once
+    # Folders of images (searched with their subfolders), folders that `prepare index` wrote, tfds:NAME[:SPLIT], or
+    # synthetic:COUNT:SIDE; an image of any of them is drawn as often as any other.
+    sources: tuple[str, ...] = ()
+    # A crop has one of the aspect ratios and, up to rounding to multiples of 64, as many pixels as the square of a
+    # resolution: a bucket. An image enters, per resolution, the bucket it fits best; see data/buckets.py.
+    resolutions: tuple[int, ...] = (512,)  # pixels; multiples of 64
+    resolution_weights: tuple[float, ...] = ()  # shares of the images, in any unit; () = equal
+    aspect_ratios: tuple[float, ...] = (1.0,)  # width / height
+    batch_size: int = 128  # images, over all devices
+    # Latent pixels of a batch, in place of batch_size: crops of fewer pixels come in larger batches; 0 = batch_size.
+    batch_tokens: int = 0
+    zoom: tuple[float, float] = (0.5, 1.0)  # each crop is a region of the crop's sides / zoom, shrunk to it
+    rotate: bool = False  # by multiples of 90 degrees (180 unless square); horizontal flips are always on
+    threads: int = 4  # that read and degrade, in each process; 0 = the training loop itself does it
+    workers: int = 0  # processes that do so in its place; where Python's lock holds threads back
+    cache_gib: float = 0.0  # memory of each process for decoded images, so that each is decoded once
+    latents: str = ""  # dit: folder that `prepare latents` wrote, in place of images and their encoding
+    text: str = ""  # dit: folder of text embeddings, see data/text.py
+    text_tokens: int = 128  # of an embedding; what is longer is cut
+    text_dropout: float = (
+        0.05  # probability that the empty text takes the place of a caption (paper supplement A)
+    )
 
     def __post_init__(self):
-        _check_at_least("crop", self.crop, 1)
+        if not self.resolutions or not self.aspect_ratios:
+            raise ValueError("resolutions or aspect_ratios is empty; a crop needs one of each.")
+        for resolution in self.resolutions:
+            if resolution < 64 or resolution % 64:
+                raise ValueError(f"resolution {resolution} is not a multiple of 64.")
+        if len(self.resolution_weights) not in (0, len(self.resolutions)):
+            raise ValueError(
+                f"{len(self.resolution_weights)} resolution_weights for {len(self.resolutions)} resolutions."
+            )
+        for weight in self.resolution_weights:
+            _check_positive("resolution weight", weight)
+        for ratio in self.aspect_ratios:
+            _check_range("aspect ratio", (ratio, ratio), 0.25, 4)
         _check_at_least("batch_size", self.batch_size, 1)
+        _check_at_least("batch_tokens", self.batch_tokens, 0)
         _check_range("zoom", self.zoom, 0.01, 1)
         _check_at_least("threads", self.threads, 0)
+        _check_at_least("workers", self.workers, 0)
         _check_at_least("cache_gib", self.cache_gib, 0)
+        _check_at_least("text_tokens", self.text_tokens, 1)
+        _check_probability("text_dropout", self.text_dropout)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh (see parallel.py); their product is the number of devices.
+
+    The batch is divided over data x fsdp. Parameters and optimizer state are divided over fsdp, and over tensor where
+    the DiT is wide; the LP-VAE divides the height of images over tensor.
+    """
+
+    data: int = 0  # 0 = all devices that the other two leave
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        _check_at_least("data", self.data, 0)
+        _check_at_least("fsdp", self.fsdp, 1)
+        _check_at_least("tensor", self.tensor, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -528,8 +584,7 @@ class LossConfig:
     def __post_init__(self):
         for name in ("l1", "lpips", "kl", "adversarial"):
             _check_at_least(f"loss weight {name}", getattr(self, name), 0)
-        if self.lpips_net not in ("alexnet", "vgg16", "auto"):
-            raise ValueError(f"lpips_net {self.lpips_net!r} is not one of alexnet, vgg16, auto.")
+        _check_one_of("lpips_net", self.lpips_net, ("alexnet", "vgg16", "auto"))
         _check_at_least("lpips_crop", self.lpips_crop, 0)
         _check_at_least("adversarial_start", self.adversarial_start, 0)
         _check_positive("discriminator_learning_rate", self.discriminator_learning_rate)
@@ -549,11 +604,21 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    mesh: MeshConfig = MeshConfig()
     steps: int = 50_000
+    accumulate: int = (
+        1  # micro-batches whose gradients are averaged into a step's; each divides over the mesh
+    )
     seed: int = 0
     ema_decay: float = 0.9999
+    skip_limit: int = (
+        20  # steps in a row that are skipped for a gradient that is not finite, before training stops
+    )
     checkpoint_minutes: float = 10.0
+    keep_last: int = 2  # checkpoints
+    keep_every: int = 0  # steps between checkpoints that are kept for good; 0 = none
     sample_every: int = 1000  # steps between sample grids
+    profile: tuple[int, int] = (0, 0)  # steps [first, end) that the profiler records, see `output`/profile
     statistics_images: int = 512  # from which the macro and latent statistics are measured
     noise_draws: int = 1  # dit: timesteps and noises per encoded image; more make one encoding go further
     # pixel_decoder: the latent that it learns to decode is the DiT's prediction of the clean image's, at a noise level
@@ -564,7 +629,12 @@ class TrainConfig:
         _check_at_least("steps", self.steps, 1)
         check_seed(self.seed, LARGEST_SEED - 2)  # the data draws from seed + 1 and seed + 2 as well
         _check_decay("ema_decay", self.ema_decay)
+        _check_at_least("accumulate", self.accumulate, 1)
+        _check_at_least("skip_limit", self.skip_limit, 1)
         _check_at_least("checkpoint_minutes", self.checkpoint_minutes, 0)
+        _check_at_least("keep_last", self.keep_last, 1)
+        _check_at_least("keep_every", self.keep_every, 0)
+        _check_range("profile", self.profile, 0)
         _check_at_least("sample_every", self.sample_every, 1)
         _check_at_least("statistics_images", self.statistics_images, 1)
         _check_at_least("noise_draws", self.noise_draws, 1)
@@ -588,6 +658,5 @@ class SamplingConfig:
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps {self.steps} is below 1")
-        if self.spacing not in ("trailing", "leading"):
-            raise ValueError(f"spacing {self.spacing!r} is neither trailing nor leading")
+        _check_one_of("spacing", self.spacing, ("trailing", "leading"))
         _check_probability("eta", self.eta)

@@ -84,7 +84,7 @@ class Restorer:
         Raises ValueError, naming folder and tensor, if they cannot be read or do not fit together.
         """
         config, groups = load_weights(weights, NEEDED)
-        return cls(config, {group: groups[group] for group in NEEDED})
+        return cls(config, jax.device_put({group: groups[group] for group in NEEDED}))
 
     def restore(
         self,

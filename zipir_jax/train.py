@@ -1,4 +1,4 @@
-"""Train one stage: `python -m zipir_jax.train --config configs/NAME.py [--resume] [--data.folder DIR ...]`.
+"""Train one stage: `python -m zipir_jax.train --config configs/NAME.py [--resume auto] [--data.sources DIR ...]`.
 
 A config is a Python file with a function `config() -> TrainConfig`. Every field of it can be overridden by name.
 """
@@ -36,7 +36,7 @@ def load_config(path: str) -> TrainConfig:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", default="")
     try:
         options, overrides = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -46,18 +46,19 @@ def main(arguments: list[str]) -> None:
     default = load_config(options.config) if options.config else TrainConfig()
 
     def train_stage(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default) -> None:
-        from zipir_jax.training.loop import (
-            train,  # importing jax takes seconds; bad arguments should not wait
-        )
+        from zipir_jax import parallel  # importing jax takes seconds; bad arguments should not wait
+        from zipir_jax.training.loop import train
 
+        parallel.start()
         cache_compiled_programs()
         print(f"weights: {train(config, options.resume)}")
 
     parse(
         train_stage,
         overrides,
-        prog="python -m zipir_jax.train --config FILE [--resume] [--debug]",
-        description="Train one stage. --resume goes on from the newest checkpoint of the output folder, if any.",
+        prog="python -m zipir_jax.train --config FILE [--resume auto|STEP] [--debug]",
+        description="Train one stage. --resume auto goes on from the newest checkpoint of the output folder, if there "
+        "is one; --resume STEP from that step's.",
     )()
 
 

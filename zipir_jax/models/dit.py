@@ -9,14 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from zipir_jax.config import DiTConfig
 from zipir_jax.models.attention import attention
 from zipir_jax.models.layers import depth_to_space, space_to_depth
+from zipir_jax.parallel import constrain
 
 ROTARY_BASE = 10_000.0  # longest wavelength of a rotary frequency, in tokens / (2 pi) (Su et al. 2021)
 FREQUENCY_EMBEDDING = 256  # channels of the sinusoidal timestep embedding (Peebles & Xie 2023)
+REMAT = {  # what is kept of a block for the backward pass, beside its input; all else is computed anew
+    "attention": jax.checkpoint_policies.save_only_these_names(
+        "attention"
+    ),  # dearest to compute where tokens are many
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def timestep_embedding(timesteps: Float[Array, " b"] | Int[Array, " b"]) -> Float[Array, "b c"]:
@@ -89,7 +97,7 @@ class Attention(nnx.Module):
             implementation=self.implementation,
             key_lengths=key_lengths,
         )
-        return self.out(y.reshape(x.shape))
+        return self.out(checkpoint_name(y.reshape(x.shape), "attention"))
 
 
 class FeedForward(nnx.Module):
@@ -198,8 +206,12 @@ class DiT(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
 
         def body(x, block):
+            x = constrain(x, "batch")
             return nnx.merge(graphdef, block)(x, conditioning, angles, text, text_lengths), None
 
+        if self.config.remat != "none":
+            # A scanned body is its own barrier against common subexpressions.
+            body = jax.checkpoint(body, policy=REMAT[self.config.remat], prevent_cse=False)
         x, _ = jax.lax.scan(body, x, stacked)
 
         shift, scale = jnp.split(self.final_modulation(nnx.swish(conditioning))[:, None], 2, -1)

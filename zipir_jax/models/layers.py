@@ -144,9 +144,13 @@ def conv(in_channels, out_channels, rngs, *, dtype, kernel=3, stride=1, zero=Fal
 
 
 class ResidualBlock(nnx.Module):
-    """Two 3x3 convolutions, each after RMS norm over channels and Swish, added to the input."""
+    """Two 3x3 convolutions, each after RMS norm over channels and Swish, added to the input.
 
-    def __init__(self, in_channels, out_channels, rngs, *, dtype, zero=False):
+    remat "full": the backward pass computes the block anew from its input, and nothing else of it is kept.
+    """
+
+    def __init__(self, in_channels, out_channels, rngs, *, dtype, remat="none", zero=False):
+        self.remat = remat
         self.norm1 = nnx.RMSNorm(in_channels, dtype=dtype, rngs=rngs)
         self.conv1 = conv(in_channels, out_channels, rngs, dtype=dtype)
         self.norm2 = nnx.RMSNorm(out_channels, dtype=dtype, rngs=rngs)
@@ -155,6 +159,9 @@ class ResidualBlock(nnx.Module):
         self.skip = None if same else conv(in_channels, out_channels, rngs, dtype=dtype, kernel=1)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
+        return (jax.checkpoint(self._residual) if self.remat == "full" else self._residual)(x)
+
+    def _residual(self, x):
         h = self.conv1(nnx.swish(self.norm1(x)))
         h = self.conv2(nnx.swish(self.norm2(h)))
         return h + (x if self.skip is None else self.skip(x))

@@ -41,7 +41,7 @@ class Encoder(nnx.Module):
         blocks, downs, previous = [], [], widths[0]
         for i, width in enumerate(widths):
             for _ in range(config.blocks_per_scale):
-                blocks.append(ResidualBlock(previous, width, rngs, dtype=dtype))
+                blocks.append(ResidualBlock(previous, width, rngs, dtype=dtype, remat=config.remat))
                 previous = width
             if i < len(widths) - 1:
                 downs.append(Downsample(width, rngs, dtype=dtype))
@@ -84,7 +84,7 @@ class Decoder(nnx.Module):
             if i:
                 ups.append(Upsample(previous, rngs, dtype=dtype, unfold=config.unfold))
             for _ in range(config.blocks_per_scale):
-                blocks.append(ResidualBlock(previous, width, rngs, dtype=dtype))
+                blocks.append(ResidualBlock(previous, width, rngs, dtype=dtype, remat=config.remat))
                 previous = width
         self.blocks = nnx.List(blocks)
         self.ups = nnx.List(ups)

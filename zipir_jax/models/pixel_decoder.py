@@ -16,9 +16,9 @@ from zipir_jax.models.lp_vae import Decoder, Encoder
 class Fusion(nnx.Module):
     """Adds the extractor's features to the decoder's, then one residual block."""
 
-    def __init__(self, feature_channels, channels, rngs, *, dtype):
+    def __init__(self, feature_channels, channels, rngs, *, dtype, remat):
         self.project = conv(feature_channels, channels, rngs, dtype=dtype, kernel=1, zero=True)
-        self.block = ResidualBlock(channels, channels, rngs, dtype=dtype, zero=True)
+        self.block = ResidualBlock(channels, channels, rngs, dtype=dtype, remat=remat, zero=True)
 
     def __call__(
         self, h: Float[Array, "b h w c"], feature: Float[Array, "b h w c2"]
@@ -38,7 +38,10 @@ class PixelDecoder(nnx.Module):
         widths = [fine.base_channels * m for m in fine.multipliers][::-1]
         entering = [widths[0], *widths[:-1]]  # channels that enter each scale of the decoder
         self.fusions = nnx.List(
-            [Fusion(f, c, rngs, dtype=fine.compute_dtype) for f, c in zip(widths, entering, strict=True)]
+            [
+                Fusion(f, c, rngs, dtype=fine.compute_dtype, remat=fine.remat)
+                for f, c in zip(widths, entering, strict=True)
+            ]
         )
         leaving = [layer.out_features for layer in self.decoder.enlarge]
         self.pixel_fusions = nnx.List(

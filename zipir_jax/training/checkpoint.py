@@ -1,37 +1,74 @@
-"""Checkpoints: training state, data iterator and config, saved together by Orbax."""
+"""Checkpoints: training state, position in the data and config, saved together by Orbax.
+
+They are written in the background and appear whole or not at all. The state is restored in the shardings of the run
+that goes on, which may have another mesh and another number of processes.
+"""
 
 import dataclasses
 import hashlib
 import json
 from pathlib import Path
 
-import grain
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
 from zipir_jax.config import TrainConfig
+from zipir_jax.data.pipeline import Batches
 from zipir_jax.training.losses import lpips_net
 
-# What a resumed run may change, since no number depends on it; all else defines the run. The data iterator's own
-# state tells whether a folder holds the same images.
+# What a resumed run may change, since no number depends on it; all else defines the run. The data's own state tells
+# whether they hold the same images.
 FREE_FIELDS = (
     "output",
     "checkpoint_minutes",
+    "keep_last",
+    "keep_every",
     "sample_every",
-    "data.folder",
+    "profile",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "data.sources",
+    "data.latents",
+    "data.text",
     "data.threads",
+    "data.workers",
     "data.cache_gib",
+    "model.lp_vae.coarse.remat",
+    "model.lp_vae.fine.remat",
+    "model.dit.remat",
+    "model.dit.attention",
     "steps",  # to train longer; the learning rate follows the new number's schedule from the next step on
 )
 
 
-def manager(folder: Path) -> ocp.CheckpointManager:
-    """Keeps the last two checkpoints under `folder`; saving goes on in the background."""
-    return ocp.CheckpointManager(
-        Path(folder).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+def manager(config: TrainConfig) -> ocp.CheckpointManager:
+    """Keeps the newest checkpoints of a run, and those that `keep_every` names."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=config.keep_last, keep_period=config.keep_every or None, create=True
     )
+    return ocp.CheckpointManager((Path(config.output) / "checkpoints").absolute(), options=options)
+
+
+def find(checkpoints: ocp.CheckpointManager, resume: str) -> int | None:
+    """The step to go on from: resume "auto" means the newest checkpoint, if any, a number that step's, "" none.
+
+    Raises ValueError for a step that is not there, and for a run that would overwrite checkpoints.
+    """
+    newest = checkpoints.latest_step()
+    if resume == "auto":
+        return newest
+    run = checkpoints.directory.parent
+    if resume:
+        steps = checkpoints.all_steps()
+        if not resume.isdigit() or int(resume) not in steps:
+            there = ", ".join(map(str, sorted(steps))) or "none"
+            raise ValueError(f"{run} holds no checkpoint of step {resume}; there are: {there}")
+        return int(resume)
+    if newest is not None:
+        raise ValueError(f"{run} holds a checkpoint of step {newest}: --resume auto, or move it")
+    return None
 
 
 def fingerprint(config: TrainConfig, pretrained: dict) -> dict:
@@ -39,53 +76,59 @@ def fingerprint(config: TrainConfig, pretrained: dict) -> dict:
 
     `init_from` becomes a digest of the weights that the stage starts from, `lpips_net` the network that "auto" means.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(flatten_dict(pretrained, sep=".").items()):
-        digest.update(name.encode())
-        digest.update(np.asarray(tensor).tobytes())
     fields = json.loads(json.dumps(dataclasses.asdict(config)))
-    fields["init_from"] = f"weights {digest.hexdigest()[:16]}" if pretrained else ""
+    fields["init_from"] = f"weights {digest(pretrained)}" if pretrained else ""
     if config.stage != "dit":
         fields["loss"]["lpips_net"] = lpips_net(config.loss.lpips_net)
     return fields
 
 
+def digest(weights: dict) -> str:
+    """16 hexadecimal digits that change with any tensor of a dict of weights."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(flatten_dict(weights, sep=".").items()):
+        hashed.update(name.encode())
+        hashed.update(np.asarray(tensor).tobytes())
+    return hashed.hexdigest()[:16]
+
+
 def save(
-    checkpoints: ocp.CheckpointManager,
-    step: int,
-    state: dict,
-    data: grain.DatasetIterator,
-    run: dict,
+    checkpoints: ocp.CheckpointManager, step: int, state: dict, data: Batches, run: dict, config: TrainConfig
 ) -> None:
     """Start saving; returns once the arrays have been copied. `run` is the `fingerprint`."""
+    fields = {"fingerprint": run, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
     checkpoints.save(
         step,
         args=ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            data=grain.checkpoint.CheckpointSave(data),
-            config=ocp.args.JsonSave(run),
+            data=ocp.args.JsonSave(data.get_state()),
+            config=ocp.args.JsonSave(fields),
         ),
     )
 
 
-def restore(checkpoints: ocp.CheckpointManager, state: dict, data: grain.DatasetIterator, run: dict) -> dict:
-    """The newest checkpoint's state, with the shapes and shardings of `state`; `data` is set to its position.
+def read_config(checkpoints: ocp.CheckpointManager, step: int) -> dict:
+    """{"fingerprint", "config"} of a checkpoint's run."""
+    return checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
-    Raises ValueError if the checkpoint's `fingerprint` differs from `run` in anything but FREE_FIELDS.
-    """
-    step = checkpoints.latest_step()
-    saved = checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-    saved, current = flatten_dict(saved, sep="."), flatten_dict(run, sep=".")
+
+def check_same_run(checkpoints: ocp.CheckpointManager, step: int, run: dict) -> None:
+    """Raises ValueError if the checkpoint's `fingerprint` differs from `run` in anything but FREE_FIELDS."""
+    saved = flatten_dict(read_config(checkpoints, step)["fingerprint"], sep=".")
+    current = flatten_dict(run, sep=".")
     for name in sorted(saved.keys() | current.keys()):
         if name not in FREE_FIELDS and saved.get(name) != current.get(name):
             raise ValueError(
                 f"{checkpoints.directory}: the checkpoint of step {step} was written with "
                 f"{name} = {saved.get(name)}, not {current.get(name)}; use another output folder"
             )
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    return checkpoints.restore(
+
+
+def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state: dict, data: Batches) -> dict:
+    """A checkpoint's state, with the shapes and shardings of `abstract_state`; `data` is set to its position."""
+    saved = checkpoints.restore(
         step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), data=grain.checkpoint.CheckpointRestore(data)
-        ),
-    )["state"]
+        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()),
+    )
+    data.set_state(saved["data"])
+    return saved["state"]

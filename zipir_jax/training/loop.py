@@ -3,153 +3,344 @@
 import dataclasses
 import functools
 import itertools
-import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import CheckpointManager
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from zipir_jax import parallel
 from zipir_jax.config import DiffusionConfig, DiTConfig, LPVAEConfig, TrainConfig
-from zipir_jax.data.pipeline import batches
-from zipir_jax.data.sources import FolderSource
-from zipir_jax.imageio import write_image
+from zipir_jax.data.buckets import Bucket, crop_sides
+from zipir_jax.data.latents import CachedLatents
+from zipir_jax.data.pipeline import Batches, batch_shapes, batches, crop_size
+from zipir_jax.data.sources import Source, open_sources
+from zipir_jax.data.text import TextEmbeddings
+from zipir_jax.imageio import to_uint8, write_image
 from zipir_jax.metrics.fidelity import load_lpips
+from zipir_jax.models.flops import peak_flops
 from zipir_jax.models.lp_vae import COARSE_FACTOR, FACTOR
 from zipir_jax.training import checkpoint
+from zipir_jax.training.flops import step_flops
 from zipir_jax.training.log import MetricsLog
 from zipir_jax.training.losses import LPIPS_SMALLEST, lpips_net
 from zipir_jax.training.signals import delayed_signals
 from zipir_jax.training.stages import STAGES
 from zipir_jax.training.state import create_state, train_step
+from zipir_jax.training.statistics import macro_statistics
 from zipir_jax.weights import load_weights, save_weights
 
 PREVIEW_IMAGES = 4  # rows of a sample grid
+STATISTICS_BATCH = 8  # images, which one device encodes at once
+SAVE, STOP = 1, 2  # what a process may ask of all, see `train`
 
 
-def train(config: TrainConfig, resume: bool = False) -> Path:
+def train(config: TrainConfig, resume: str = "") -> Path:
     """Train one stage and return the folder of its weights (EMA), `output`/weights.
 
-    `resume` goes on from the newest checkpoint, if there is one; the config may differ from its run's in
-    `checkpoint.FREE_FIELDS` alone. Of these only `steps` acts on the numbers: the learning rate follows the new
-    number's schedule from the next step on.
+    Every process of a job calls it; they share the `output` folder. resume: see `checkpoint.find`; the config may
+    differ from its run's in `checkpoint.FREE_FIELDS` alone. Of these only `steps` acts on the numbers: the learning
+    rate follows the new number's schedule from the next step on.
 
-    Raises ValueError, before anything is compiled, for a config that cannot work; and, before anything is saved, if the
-    loss or another metric is not finite. Ctrl-C and SIGTERM let the running step end and save a checkpoint; then
-    KeyboardInterrupt or, for SIGTERM, SystemExit with status 0 is raised.
+    Raises ValueError, before anything is compiled, for a config that cannot work, and when `skip_limit` steps in a row
+    had a gradient that is not finite. Ctrl-C and SIGTERM, at any of the processes, let all of them end the running
+    step and save a checkpoint; then KeyboardInterrupt or, for SIGTERM, SystemExit with status 0 is raised.
     """
     # -- check -------------------------------------------------------------------------------------
-    output = Path(config.output)
     check(config)
-    stage = STAGES[config.stage]
-    pretrained = {}
-    needed = stage.needs(config)
-    if config.init_from:
-        model, pretrained = load_weights(config.init_from, needed)
-        for part in ("lp_vae", "dit", "diffusion"):
-            if _meaning(getattr(model, part)) != _meaning(getattr(config.model, part)):
-                other = f"{config.init_from}: these weights have another {part} than the config"
-                if part == "lp_vae" or "dit" in needed:
-                    raise ValueError(other)
-                # An LP-VAE serves any DiT, but a DiT of another config is neither gone on from nor handed on.
-                if pretrained.pop("dit", None) is not None:
-                    print(f"{other}; their DiT is not used", file=sys.stderr)
-    source = FolderSource(config.data.folder, config.data.crop, config.data.cache_gib)
-    checkpoints = checkpoint.manager(output / "checkpoints")
-    if checkpoints.latest_step() is not None and not resume:
-        raise ValueError(
-            f"{output} holds a checkpoint of step {checkpoints.latest_step()}: --resume, or move it"
-        )
-
-    # -- data --------------------------------------------------------------------------------------
-    degradation = config.degradation if stage.DEGRADED else None
-    data = batches(config.data, degradation, config.seed, source)
-
-    def statistics_images():
-        count = -(-config.statistics_images // config.data.batch_size)
-        images = batches(config.data, None, config.seed + 1, source)
-        return (batch["image"] for batch in itertools.islice(images, count))
-
-    preview_batch = next(batches(config.data, degradation, config.seed + 2, source))
-    preview_batch = {k: jnp.asarray(v[:PREVIEW_IMAGES]) for k, v in preview_batch.items()}
+    stage, output, first_process = STAGES[config.stage], Path(config.output), jax.process_index() == 0
+    mesh = parallel.make_mesh(config.mesh)
+    pretrained = load_pretrained(config)
+    source, text = open_data(config)
+    data = training_batches(config, source, text, mesh)
+    checkpoints = checkpoint.manager(config)
+    resumed = checkpoint.find(checkpoints, resume)
+    if first_process:
+        for line in source.damaged:
+            print(line, file=sys.stderr)
 
     # -- state -------------------------------------------------------------------------------------
-    keys = jax.random.split(jax.random.key(config.seed), 3)
+    needed = stage.needs(config)
     start_from = {group: pretrained[group] for group in pretrained if group in (*needed, *stage.MAKES)}
-    generator, frozen = stage.start(config, keys[0], start_from, statistics_images())
-    # A step donates its state; the pretrained weights that a stage starts from must outlive it.
-    generator = jax.tree.map(jnp.copy, generator)
-    state = create_state(config, generator, keys[1])
     run = checkpoint.fingerprint(config, start_from)
-    if resume and checkpoints.latest_step() is not None:
-        state = checkpoint.restore(checkpoints, state, data, run)
-    lpips = {} if config.stage == "dit" else {"lpips": load_lpips(lpips_net(config.loss.lpips_net))[0]}
+    if "statistics" not in start_from:  # the first stage: mu and sigma of z_macro
+        start_from["statistics"] = macro_statistics(statistics_images(config, source))
+    keys = jax.random.split(jax.random.key(config.seed))
+    create = functools.partial(create_state, config)
+    abstract = jax.eval_shape(create, keys[0], start_from)
+    shardings = parallel.parameter_shardings(mesh, abstract)
+    abstract = jax.tree.map(_placed, abstract, shardings)
+    if resumed is None:
+        groups = parallel.put(start_from, parallel.parameter_shardings(mesh, start_from))
+        state = jax.jit(create, out_shardings=shardings)(keys[0], groups)
+    else:
+        checkpoint.check_same_run(checkpoints, resumed, run)
+        if resumed > config.steps:
+            raise ValueError(f"{output}: the checkpoint of step {resumed} is beyond steps {config.steps}")
+        state = checkpoint.restore(checkpoints, resumed, abstract, data)
+    frozen = {group: start_from[group] for group in {"statistics", *needed}}
+    read_only = (
+        frozen
+        if config.stage == "dit"
+        else frozen | {"lpips": load_lpips(lpips_net(config.loss.lpips_net))[0]}
+    )
+    read_only = parallel.put(read_only, parallel.parameter_shardings(mesh, read_only))
+
+    # -- compile -----------------------------------------------------------------------------------
+    first = step = resumed or 0
+    adversarial_from = config.loss.adversarial_start if state["params"]["discriminator"] else config.steps
+    phases = {step >= adversarial_from for step in (first, config.steps - 1)} if first < config.steps else ()
+    programs, buckets = {}, {(bucket.height, bucket.width): bucket for bucket in data.buckets}
+    for bucket, adversarial in itertools.product(data.buckets, sorted(phases)):
+        began = time.monotonic()
+        programs[bucket.height, bucket.width, adversarial] = compile_step(
+            config, mesh, bucket, adversarial, abstract, read_only
+        )
+        if first_process:
+            shape = f"{bucket.batch_size} crops of {bucket.width} x {bucket.height}"
+            print(f"compiled: {shape}, {time.monotonic() - began:.1f} s", file=sys.stderr)
+    preview_batch = parallel.put(preview_images(config, source, text), parallel.replicated(mesh))
+    preview = jax.jit(functools.partial(stage.preview, config), out_shardings=parallel.replicated(mesh))
 
     # -- loop --------------------------------------------------------------------------------------
-    step_functions = {
-        adversarial: jax.jit(functools.partial(train_step, config, adversarial), donate_argnums=0)
-        for adversarial in (False, True)
-    }
-    preview = jax.jit(functools.partial(stage.preview, config))
-    first = step = int(state["step"])
-    if step > config.steps:
-        raise ValueError(f"{output} holds a checkpoint of step {step}, beyond steps {config.steps}")
-    uses_discriminator = bool(state["params"]["discriminator"])
-    log = MetricsLog(output / "metrics.jsonl", step, config.data.batch_size)
-    saved_at = time.monotonic()
-    waiting = []  # steps and their metrics, still on the device
-    stop = False
-    bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True)
+    log = None
+    if first_process:
+        peak = peak_flops(jax.devices()[0].device_kind)
+        log = MetricsLog(output, step, peak and peak * jax.device_count())
+    saved_at, asked = time.monotonic(), False
+    running, stop = None, False
+    bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=not first_process)
+
+    def finish(step, metrics, counts):
+        """Wait for a step's metrics, log them, and return what the processes wished during it."""
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        wish = metrics.pop("wish")
+        if metrics["skipped_in_a_row"] >= config.skip_limit:
+            raise ValueError(_not_finite(step, metrics, checkpoints))
+        if log:
+            log.add(step, metrics, **counts)
+            report(bar, metrics, counts)
+        return wish
+
     with bar, delayed_signals() as received:
         while step < config.steps and not stop:
+            began = time.monotonic()
+            if step == config.profile[0] < config.profile[1]:
+                jax.profiler.start_trace(output / "profile")
+            known = len(data.unreadable)
             batch = next(data)
-            adversarial = uses_discriminator and step >= config.loss.adversarial_start
-            state, metrics = step_functions[adversarial](state, frozen | lpips, batch)
+            waited = time.monotonic() - began
+            for line in data.unreadable[known:]:
+                tqdm.write(line, file=sys.stderr)
+            # All processes must save and stop at the same step. A signal may reach any of them, and the clock is the
+            # first one's: what each wishes is reduced to one number in the step itself.
+            due = first_process and not asked and time.monotonic() - saved_at > 60 * config.checkpoint_minutes
+            asked = asked or due
+            wish = STOP if received else SAVE if due else 0
+            size, adversarial = crop_size(batch), step >= adversarial_from
+            program = programs[*size, adversarial]
+            state, metrics = program(state, read_only, *_put_batch(mesh, batch, wish))
             step += 1
             bar.update()
-            stop = bool(received)
-            minutes = (time.monotonic() - saved_at) / 60
-            saving = stop or step == config.steps or minutes > config.checkpoint_minutes
-            # Metrics are fetched one step late, so that the device has its next step before we wait. But no state is
-            # saved before its metrics have been looked at.
-            waiting.append((step, metrics))
-            while len(waiting) > (0 if saving else 1):
-                measured_step, metrics = waiting.pop(0)
-                metrics = fetch(measured_step, metrics, checkpoints)
-                log.add(measured_step, metrics)
-                report(bar, metrics, config.data.batch_size)
+            # Metrics are fetched one step late, so that the device has its next step before we wait.
+            wish = finish(*running) if running else 0
+            images = buckets[size].batch_size
+            counts = {
+                "images": images,
+                "flops": images * step_flops(config, *size, adversarial),
+                "data_seconds": waited,
+                "seconds": time.monotonic() - began,
+            }
+            running = step, metrics, counts
+            if step == config.profile[1] > config.profile[0]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+
+            kept = config.keep_every and step % config.keep_every == 0
+            if wish >= SAVE or kept or step == config.steps:
+                wish, running = (
+                    max(wish, finish(*running)),
+                    None,
+                )  # the log goes no further than the checkpoint
+                if log:
+                    log.write()
+                checkpoint.save(checkpoints, step, state, data, run, config)
+                saved_at, asked, stop = time.monotonic(), False, wish >= STOP
             if step % config.sample_every == 0 or step == config.steps:
-                columns = preview(state["ema"], frozen, preview_batch, keys[2])
-                save_grid(output / "samples" / f"{step:07d}.png", columns)
-            if saving:
-                log.write()
-                checkpoint.save(checkpoints, step, state, data, run)
-                saved_at = time.monotonic()
+                columns = jax.device_get(preview(state["ema"], read_only, preview_batch, keys[1]))
+                if log:
+                    picture = grid(columns)
+                    write_image(output / "samples" / f"{step:07d}.png", picture)
+                    log.grid(step, picture)
         checkpoints.wait_until_finished()
-    if step > first:
-        last = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    if log:
+        log.close()
+    if data.unreadable or source.damaged:
+        count = len(data.unreadable) + len(source.damaged)
+        print(f"{count} images could not be read; others stood in for them", file=sys.stderr)
+    if first_process and step > first:
+        last = ", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items() if name != "wish")
         print(f"step {step}: {last}", file=sys.stderr)
-    if received:
-        print(f"stopped after step {step}, which is saved: --resume goes on from there", file=sys.stderr)
+    if stop:
+        if first_process:
+            print(
+                f"stopped after step {step}, which is saved: --resume auto goes on from there",
+                file=sys.stderr,
+            )
         raise KeyboardInterrupt if signal.SIGINT in received else SystemExit(0)
 
     # -- weights -----------------------------------------------------------------------------------
-    groups = stage.export(config, state["ema"], frozen, statistics_images())
-    # A stage that does not build on E_f makes a new latent space; what was trained in an older one is not handed on.
-    kept = pretrained if "fine_encoder" in needed else {group: pretrained[group] for group in needed}
-    save_weights(output / "weights", config.model, kept | groups)
+    ema = parallel.gather(mesh, state["ema"])
+    if first_process:
+        weights = whole_weights(config, pretrained | frozen, ema, source)
+        save_weights(output / "weights", config.model, weights)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("weights")
     return output / "weights"
+
+
+# --------------------------------------------------------------------------------------------------
+# Data and weights that a run starts from
+# --------------------------------------------------------------------------------------------------
+
+
+def load_pretrained(config: TrainConfig) -> dict:
+    """The groups of `init_from`, numpy arrays. Raises ValueError for those of another model, naming the part."""
+    if not config.init_from:
+        return {}
+    needed = STAGES[config.stage].needs(config)
+    model, pretrained = load_weights(config.init_from, needed)
+    for part in ("lp_vae", "dit", "diffusion"):
+        if _meaning(getattr(model, part)) != _meaning(getattr(config.model, part)):
+            other = f"{config.init_from}: these weights have another {part} than the config"
+            if part == "lp_vae" or "dit" in needed:
+                raise ValueError(other)
+            # An LP-VAE serves any DiT, but a DiT of another config is neither gone on from nor handed on.
+            if pretrained.pop("dit", None) is not None:
+                print(f"{other}; their DiT is not used", file=sys.stderr)
+    return pretrained
 
 
 def _meaning(part: LPVAEConfig | DiTConfig | DiffusionConfig) -> dict:
     """The fields that trained weights depend on; the others say how to compute, or which timesteps to train on."""
-    free = {"attention", "compute_dtype", "logit_normal_mean", "logit_normal_std"}
-    return {k: v for k, v in dataclasses.asdict(part).items() if k not in free}
+    free = {"attention", "remat", "compute_dtype", "logit_normal_mean", "logit_normal_std"}
+    fields = flatten_dict(dataclasses.asdict(part))
+    return {path: value for path, value in fields.items() if path[-1] not in free}
+
+
+def open_data(config: TrainConfig) -> tuple[Source | CachedLatents, TextEmbeddings | None]:
+    """What the batches are made of. Raises ValueError for what cannot be opened, or does not suit the model."""
+    data = config.data
+    source = CachedLatents(data.latents) if data.latents else open_sources(data.sources, data.cache_gib)
+    text = TextEmbeddings(data.text) if data.text else None
+    if text is not None and text.width != config.model.dit.text_width:
+        raise ValueError(
+            f"{data.text}: the embeddings have {text.width} channels, model.dit.text_width is "
+            f"{config.model.dit.text_width}"
+        )
+    return source, text
+
+
+def training_batches(config: TrainConfig, source, text: TextEmbeddings | None, mesh) -> Batches:
+    """This process' share of the batches. Raises ValueError, with the numbers, for what the mesh cannot divide."""
+    degradation = config.degradation if STAGES[config.stage].DEGRADED else None
+    parts = parallel.batch_parts(mesh) * config.accumulate
+    hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
+    data = batches(config.data, source, config.seed, degradation, text, divisor=parts, **hosts)
+    for bucket in data.buckets:
+        if bucket.height % mesh.shape["tensor"]:
+            raise ValueError(
+                f"crops of {bucket.height} rows do not divide over mesh.tensor {mesh.shape['tensor']}"
+            )
+    return data
+
+
+def statistics_images(config: TrainConfig, source: Source) -> Iterator[np.ndarray]:
+    """Batches of clean crops, at least `statistics_images` of them; the same on every process."""
+    small = dataclasses.replace(config.data, batch_size=STATISTICS_BATCH, batch_tokens=0)
+    count = -(-config.statistics_images // STATISTICS_BATCH)
+    return (batch["image"] for batch in itertools.islice(batches(small, source, config.seed + 1), count))
+
+
+def preview_images(config: TrainConfig, source, text: TextEmbeddings | None) -> dict[str, np.ndarray]:
+    """A batch of PREVIEW_IMAGES crops of the smallest resolution; the same on every process."""
+    small = dataclasses.replace(
+        config.data,
+        batch_size=PREVIEW_IMAGES,
+        batch_tokens=0,
+        resolutions=(min(config.data.resolutions),),
+        resolution_weights=(),
+    )
+    degradation = config.degradation if STAGES[config.stage].DEGRADED else None
+    return next(batches(small, source, config.seed + 2, degradation, text))
+
+
+def whole_weights(config: TrainConfig, before: dict, ema: dict, source) -> dict:
+    """The groups of a run's weights: what it trained, what it read, what it was handed and has not made obsolete.
+
+    before: the groups of `init_from` and "statistics"; ema: the trained groups.
+    """
+    stage = STAGES[config.stage]
+    needed = {"statistics", *stage.needs(config)}
+    # A stage that does not build on E_f makes a new latent space; what was trained in an older one is not handed on.
+    kept = before if "fine_encoder" in needed else {group: before[group] for group in needed}
+    statistics = stage.statistics(config, kept | ema, statistics_images(config, source))
+    return kept | ema | {"statistics": statistics}
+
+
+# --------------------------------------------------------------------------------------------------
+# Steps
+# --------------------------------------------------------------------------------------------------
+
+
+def compile_step(
+    config: TrainConfig, mesh, bucket: Bucket, adversarial: bool, state: dict, frozen: dict
+) -> jax.stages.Compiled:
+    """The program of one step on a bucket's batches: (state, frozen, batch, wishes) -> (state, metrics).
+
+    state, frozen: arrays or `jax.ShapeDtypeStruct`, with their shardings. The state is donated.
+    """
+
+    def step(state, frozen, batch, wishes):
+        state, metrics = train_step(config, adversarial, state, frozen, batch)
+        return state, metrics | {"wish": wishes.max()}
+
+    arrays = batch_shapes(config.data, bucket, STAGES[config.stage].DEGRADED, config.model.dit)
+    arrays["wishes"] = ((parallel.batch_parts(mesh),), np.int32)
+    shardings = parallel.batch_shardings(mesh, arrays)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
+        for name, (shape, dtype) in arrays.items()
+    }
+    wishes = batch.pop("wishes")
+    out = jax.tree.map(lambda x: x.sharding, state), parallel.replicated(mesh)
+    with jax.set_mesh(mesh):
+        return (
+            jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, frozen, batch, wishes).compile()
+        )
+
+
+def _put_batch(mesh, batch, wish):
+    """The batch, and this process' wish once for each of the batch's parts that it holds, on the devices."""
+    parts = parallel.batch_parts(mesh) // jax.process_count()
+    arrays = parallel.put_batch(mesh, batch | {"wishes": np.full(parts, wish, np.int32)})
+    wishes = arrays.pop("wishes")
+    return arrays, wishes
+
+
+def _placed(abstract, sharding):
+    return jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=sharding)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks and reports
+# --------------------------------------------------------------------------------------------------
 
 
 def check(config: TrainConfig) -> None:
@@ -158,13 +349,21 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"stage {config.stage!r} is not one of {', '.join(STAGES)}")
     if not config.output:
         raise ValueError("output is empty: name the folder of the run")
-    if not config.data.folder:
-        raise ValueError("data.folder is empty: name the folder of the training images")
+    if config.data.latents and config.stage != "dit":
+        raise ValueError(f"data.latents serves the stage dit; {config.stage} needs images")
+    if not config.data.sources and not config.data.latents:
+        raise ValueError("data.sources is empty: name a folder of training images")
     multiple = FACTOR * config.model.dit.patch
-    if config.data.crop % multiple:
-        raise ValueError(f"data.crop {config.data.crop} is not a multiple of {multiple}")
+    sides = [
+        side
+        for resolution, ratio in itertools.product(config.data.resolutions, config.data.aspect_ratios)
+        for side in crop_sides(resolution, ratio)
+    ]
+    for side in sides:
+        if side % multiple:
+            raise ValueError(f"a crop's side of {side} pixels is not a multiple of {multiple}")
     if config.stage != "dit":
-        side = config.data.crop // (COARSE_FACTOR if config.stage == "coarse" else 1)
+        side = min(sides) // (COARSE_FACTOR if config.stage == "coarse" else 1)
         smallest = max(LPIPS_SMALLEST, config.loss.lpips_crop)
         if config.loss.adversarial > 0:  # its last two convolutions, of stride 1, take a pixel each
             smallest = max(smallest, 3 * 2**config.discriminator.layers)
@@ -172,43 +371,39 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"loss.lpips_crop {config.loss.lpips_crop} is below {LPIPS_SMALLEST} pixels")
         if side < smallest:
             raise ValueError(
-                f"data.crop {config.data.crop} gives the losses {side} pixels; they need {smallest}"
+                f"a crop's side of {min(sides)} pixels gives the losses {side}; they need {smallest}"
             )
     needed = STAGES[config.stage].needs(config)
     if needed and not config.init_from:
         raise ValueError(f"stage {config.stage} needs init_from, the weights of the stage before it")
-    if config.model.dit.text_width and (config.stage == "dit" or "dit" in needed):
+    with_text = config.model.dit.text_width and (config.stage == "dit" or "dit" in needed)
+    if with_text and not config.data.text:
         raise ValueError(
-            f"the training images come without text, and model.dit.text_width is {config.model.dit.text_width}: "
-            f"stage {config.stage} needs a DiT with text_width 0"
+            f"model.dit.text_width is {config.model.dit.text_width}: stage {config.stage} needs data.text, a folder "
+            "of text embeddings, or a DiT with text_width 0"
         )
+    if config.data.text and not with_text:
+        raise ValueError(f"data.text is of no use to stage {config.stage} with this model: leave it out")
 
 
-def fetch(step: int, metrics: dict, checkpoints: CheckpointManager) -> dict[str, float]:
-    """Wait for a step's metrics. Raises ValueError, naming the last good checkpoint, if one is not finite."""
-    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            checkpoints.wait_until_finished()
-            good = checkpoints.latest_step()
-            kept = "no checkpoint" if good is None else f"the checkpoint of step {good}, the last good one"
-            raise ValueError(f"step {step}: {name} is {value}; training stopped and left {kept}")
-    return metrics
+def _not_finite(step, metrics, checkpoints):
+    checkpoints.wait_until_finished()
+    good = checkpoints.latest_step()
+    kept = "no checkpoint" if good is None else f"the checkpoint of step {good}"
+    return (
+        f"step {step}: the gradient of {metrics['skipped_in_a_row']:.0f} steps in a row is not finite (loss "
+        f"{metrics['loss']}); training stopped and left {kept}"
+    )
 
 
-def report(bar: tqdm, metrics: dict[str, float], batch_size: int) -> None:
+def report(bar: tqdm, metrics: dict[str, float], counts: dict[str, float]) -> None:
     """Show the loss and images/s; tqdm itself shows the time left."""
-    rate = bar.format_dict["rate"]
-    images = f"{rate * batch_size:.1f}" if rate else "?"
     shown = {k: f"{v:.3f}" for k, v in metrics.items() if k in ("loss", "l1", "lpips")}
-    bar.set_postfix(shown | {"images/s": images}, refresh=False)
+    bar.set_postfix(shown | {"images/s": f"{counts['images'] / counts['seconds']:.1f}"}, refresh=False)
 
 
-def save_grid(path: Path, columns: list) -> None:
-    """One row per picture, one column per kind, smaller ones enlarged to the same size without smoothing."""
+def grid(columns: list[np.ndarray]) -> np.ndarray:
+    """uint8 [h, w, 3]: a row per picture, a column per kind, smaller ones enlarged to one height without smoothing."""
     height = max(column.shape[1] for column in columns)
-    columns = [
-        np.repeat(np.repeat(np.asarray(c), height // c.shape[1], 1), height // c.shape[1], 2) for c in columns
-    ]
-    rows = [np.concatenate(row, 1) for row in zip(*columns, strict=True)]
-    write_image(path, np.concatenate(rows))
+    columns = [c.repeat(height // c.shape[1], 1).repeat(height // c.shape[1], 2) for c in columns]
+    return to_uint8(np.concatenate([np.concatenate(row, 1) for row in zip(*columns, strict=True)]))

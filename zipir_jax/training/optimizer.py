@@ -15,7 +15,11 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW for "generator", Adam for "discriminator", each with its gradient's global norm clipped."""
+    """AdamW for "generator", Adam for "discriminator", each with its gradient's global norm clipped.
+
+    Where a gradient is not finite, nothing changes but the counts `total_notfinite` and `notfinite_count`, of the steps
+    in a row, in its state.
+    """
     o = config.optimizer
 
     def kernels(params):
@@ -27,10 +31,12 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
     # beta1 0.5 as in Isola et al. 2017: the discriminator chases a moving target.
     discriminator = optax.adam(config.loss.discriminator_learning_rate, 0.5, 0.9)
-    return optax.partition(
+    both = optax.partition(
         {
             "generator": optax.chain(optax.clip_by_global_norm(o.clip_norm), generator),
             "discriminator": optax.chain(optax.clip_by_global_norm(o.clip_norm), discriminator),
         },
         {"generator": "generator", "discriminator": "discriminator"},
     )
+    # It would give in after so many; the training loop stops long before.
+    return optax.apply_if_finite(both, max_consecutive_errors=2**31 - 1)

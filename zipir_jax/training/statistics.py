@@ -2,9 +2,13 @@
 
 from collections.abc import Iterable
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Array, Float
+
+from zipir_jax.config import LPVAEConfig
+from zipir_jax.models.layers import area_downsample
+from zipir_jax.models.lp_vae import FACTOR, encode
 
 # A channel that never changes has a deviation of 0, or of rounding errors; dividing by that would make noise of it.
 SMALLEST_STD = 1e-4
@@ -12,9 +16,27 @@ SMALLEST_STD = 1e-4
 
 def channel_statistics(name: str, batches: Iterable[Float[Array | np.ndarray, "b h w c"]]) -> dict:
     """{"NAME_mean", "NAME_std"}: float32 [c] each, over all pixels of all batches; std is at least SMALLEST_STD."""
-    values = np.concatenate([np.asarray(batch).reshape(-1, batch.shape[-1]) for batch in batches])
-    std = np.maximum(values.std(0, dtype=np.float64), SMALLEST_STD)
-    return {
-        f"{name}_mean": jnp.asarray(values.mean(0, dtype=np.float64), jnp.float32),
-        f"{name}_std": jnp.asarray(std, jnp.float32),
-    }
+    count, sums, squares = 0, 0.0, 0.0
+    for batch in batches:
+        values = np.asarray(batch, np.float64).reshape(-1, batch.shape[-1])
+        count += len(values)
+        sums = sums + values.sum(0)
+        squares = squares + np.square(values).sum(0)
+    mean = sums / count
+    std = np.maximum(np.sqrt(np.maximum(squares / count - mean**2, 0)), SMALLEST_STD)
+    return {f"{name}_mean": mean.astype(np.float32), f"{name}_std": std.astype(np.float32)}
+
+
+def macro_statistics(images: Iterable[Float[np.ndarray, "b h w 3"]]) -> dict:
+    """{"macro_mean", "macro_std"} of the images averaged over 32 x 32 pixels (paper section 3.1)."""
+    return channel_statistics("macro", (area_downsample(batch, FACTOR) for batch in images))
+
+
+def latent_statistics(
+    config: LPVAEConfig, weights: dict, images: Iterable[Float[np.ndarray, "b h w 3"]]
+) -> dict:
+    """{"latent_mean", "latent_std"} of the images' whole latents."""
+    encoder = jax.jit(lambda weights, image: encode(weights, config, image))
+    names = ("statistics", "coarse_encoder", "fine_encoder")
+    weights = jax.device_put({name: weights[name] for name in names})
+    return channel_statistics("latent", (encoder(weights, batch) for batch in images))

@@ -12,9 +12,11 @@ from pathlib import Path
 import dacite
 import jax
 import jax.numpy as jnp
+import ml_dtypes  # noqa: F401 -- with it numpy, and so safetensors, knows bfloat16
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
-from safetensors.flax import load_file, save
+from safetensors.numpy import load_file, save
 
 from zipir_jax.config import ModelConfig
 from zipir_jax.files import replacing
@@ -45,7 +47,7 @@ def abstract_weights(config: ModelConfig) -> dict:
 def save_weights(folder: Path, config: ModelConfig, weights: dict) -> None:
     """Write a config and its weights; dtypes are kept. A reader finds the old files or the new, never half of one."""
     folder = Path(folder)
-    tensors = {".".join(path): jnp.asarray(leaf) for path, leaf in flatten_dict(weights).items()}
+    tensors = {".".join(path): np.asarray(leaf) for path, leaf in flatten_dict(weights).items()}
     with replacing(folder / "model.safetensors") as file:
         file.write(save(tensors))  # `save_file` would let nobody but the owner read it
     with replacing(folder / "config.json") as file:
@@ -53,7 +55,7 @@ def save_weights(folder: Path, config: ModelConfig, weights: dict) -> None:
 
 
 def load_weights(folder: Path | str, needed: tuple[str, ...]) -> tuple[ModelConfig, dict]:
-    """The config and all groups, float32. "default" means the weights that come with the package.
+    """The config and all groups, float32 numpy arrays. "default" means the weights that come with the package.
 
     Raises ValueError, naming the folder and the tensor, if a file or a needed group is missing or a shape is not the
     config's.
@@ -71,7 +73,7 @@ def load_weights(folder: Path | str, needed: tuple[str, ...]) -> tuple[ModelConf
         tensors = load_file(folder / "model.safetensors")
     except (ValueError, TypeError, AttributeError, dacite.DaciteError, SafetensorError, OSError) as error:
         raise ValueError(f"{folder}: the weights cannot be read ({error})") from None
-    loaded = unflatten_dict({tuple(name.split(".")): t.astype(jnp.float32) for name, t in tensors.items()})
+    loaded = unflatten_dict({tuple(name.split(".")): t.astype(np.float32) for name, t in tensors.items()})
     expected = abstract_weights(config)
     for group in needed:
         if group not in loaded:

@@ -11,7 +11,6 @@ from zipir_jax.config import TrainConfig
 from zipir_jax.models.layers import area_downsample, bind, init_params
 from zipir_jax.models.lp_vae import (
     COARSE_FACTOR,
-    FACTOR,
     Decoder,
     Encoder,
     coarse_moments,
@@ -19,7 +18,6 @@ from zipir_jax.models.lp_vae import (
     sample_posterior,
 )
 from zipir_jax.training.losses import image_gradients, kl_divergence
-from zipir_jax.training.statistics import channel_statistics
 
 DEGRADED = False
 MAKES = ("statistics", "coarse_encoder", "coarse_decoder")
@@ -29,18 +27,12 @@ def needs(config: TrainConfig) -> tuple[str, ...]:
     return ()
 
 
-def start(config: TrainConfig, key, pretrained: dict, images: Iterable) -> tuple[dict, dict]:
+def init(config: TrainConfig, key, pretrained: dict) -> dict:
     keys = jax.random.split(key)
-    generator = {
-        "coarse_encoder": pretrained.get("coarse_encoder")
-        or init_params(Encoder, config.model.lp_vae.coarse, keys[0]),
-        "coarse_decoder": pretrained.get("coarse_decoder")
-        or init_params(Decoder, config.model.lp_vae.coarse, keys[1]),
+    return {
+        "coarse_encoder": init_params(Encoder, config.model.lp_vae.coarse, keys[0]),
+        "coarse_decoder": init_params(Decoder, config.model.lp_vae.coarse, keys[1]),
     }
-    statistics = pretrained.get("statistics")
-    if statistics is None:  # mu and sigma of z_macro
-        statistics = channel_statistics("macro", (area_downsample(batch, FACTOR) for batch in images))
-    return generator, {"statistics": {name: statistics[name] for name in ("macro_mean", "macro_std")}}
 
 
 def _decoder(config, generator):
@@ -78,5 +70,6 @@ def preview(config: TrainConfig, generator: dict, frozen: dict, batch: dict, key
     return [area_downsample(image, COARSE_FACTOR), _decoder(config, generator)(latent)]
 
 
-def export(config: TrainConfig, generator: dict, frozen: dict, images: Iterable) -> dict:
-    return generator | {"statistics": frozen["statistics"]}
+def statistics(config: TrainConfig, weights: dict, images: Iterable) -> dict:
+    """mu and sigma of z_macro alone: with other coarse bands the latent has other ones."""
+    return {name: weights["statistics"][name] for name in ("macro_mean", "macro_std")}

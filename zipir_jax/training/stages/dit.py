@@ -12,6 +12,7 @@ from zipir_jax.diffusion.schedule import linear_schedule, logit_normal_timesteps
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind, init_params
 from zipir_jax.models.lp_vae import decode, encode, whiten
+from zipir_jax.parallel import constrain
 from zipir_jax.restorer import denoise_latent
 
 DEGRADED = True
@@ -22,26 +23,41 @@ def needs(config: TrainConfig) -> tuple[str, ...]:
     return ("statistics", "coarse_encoder", "fine_encoder", "fine_decoder")
 
 
-def start(config: TrainConfig, key, pretrained: dict, images: Iterable) -> tuple[dict, dict]:
-    generator = pretrained.get("dit") or init_params(DiT, config.model.dit, key)
-    return generator, {group: pretrained[group] for group in needs(config)}
+def init(config: TrainConfig, key, pretrained: dict) -> dict:
+    return {"dit": init_params(DiT, config.model.dit, key)}
+
+
+def text_of(batch: dict) -> dict:
+    """The text embeddings of a batch, as the DiT takes them; {} where it has none."""
+    return {name: batch[name] for name in ("text", "text_lengths") if name in batch}
+
+
+def _latents(config, frozen, batch):
+    """The latents of the clean and of the degraded images, encoded here or beforehand."""
+    if "latent" in batch:
+        return batch["latent"], batch["lq_latent"]
+    return tuple(encode(frozen, config.model.lp_vae, batch[name]) for name in ("image", "lq"))
 
 
 def gradients(
     config: TrainConfig, params: dict, frozen: dict, batch: dict, key, adversarial: bool
 ) -> tuple[dict, dict]:
-    vae, draws = config.model.lp_vae, config.noise_draws
     timestep_key, noise_key = jax.random.split(key)
-    clean = whiten(encode(frozen, vae, batch["image"]), frozen["statistics"])
-    lq = whiten(encode(frozen, vae, batch["lq"]), frozen["statistics"])
-    clean, lq = jnp.repeat(clean, draws, 0), jnp.repeat(lq, draws, 0)
+
+    def condition(x):  # whole latents, even where the encoder divided the height of the images over devices
+        return constrain(jnp.repeat(x, config.noise_draws, 0), "batch")
+
+    clean, lq = (
+        condition(whiten(latent, frozen["statistics"])) for latent in _latents(config, frozen, batch)
+    )
+    text = jax.tree.map(condition, text_of(batch))
     timesteps = logit_normal_timesteps(timestep_key, (clean.shape[0],), config.model.diffusion)
     schedule = linear_schedule(config.model.diffusion)
 
     def loss(generator):
-        dit = bind(DiT, config.model.dit, generator)
+        dit = bind(DiT, config.model.dit, generator["dit"])
         losses = diffusion_loss(
-            lambda noisy, t: dit(noisy, t, lq),
+            lambda noisy, t: dit(noisy, t, lq, **text),
             config.model.diffusion.prediction,
             noise_key,
             clean,
@@ -55,14 +71,17 @@ def gradients(
 
 
 def preview(config: TrainConfig, generator: dict, frozen: dict, batch: dict, key) -> list[Array]:
-    """Degraded image, what D_f makes of its latent, of the sampled latent, and of the clean latent; clean image."""
-    weights, vae = frozen | {"dit": generator}, config.model.lp_vae
-    keys = jax.random.split(key, batch["lq"].shape[0])
-    lq_latent = encode(weights, vae, batch["lq"])
-    sampled = denoise_latent(weights, config.model, SamplingConfig(), lq_latent, keys)
-    latents = [lq_latent, sampled, encode(weights, vae, batch["image"])]
-    return [batch["lq"], *(decode(weights, vae, latent) for latent in latents), batch["image"]]
+    """What D_f makes of the degraded image's latent, of the sampled one and of the clean one; the images where known.
+
+    Degraded image first, clean image last; cached latents come without them.
+    """
+    weights, vae = frozen | generator, config.model.lp_vae
+    clean, lq = _latents(config, frozen, batch)
+    keys = jax.random.split(key, lq.shape[0])
+    sampled = denoise_latent(weights, config.model, SamplingConfig(), lq, keys, text_of(batch))
+    columns = [decode(weights, vae, latent) for latent in (lq, sampled, clean)]
+    return [batch["lq"], *columns, batch["image"]] if "image" in batch else columns
 
 
-def export(config: TrainConfig, generator: dict, frozen: dict, images: Iterable) -> dict:
-    return {"dit": generator}
+def statistics(config: TrainConfig, weights: dict, images: Iterable) -> dict:
+    return weights["statistics"]

@@ -19,7 +19,7 @@ from zipir_jax.models.lp_vae import (
     sample_posterior,
 )
 from zipir_jax.training.losses import image_gradients, kl_divergence
-from zipir_jax.training.statistics import channel_statistics
+from zipir_jax.training.statistics import latent_statistics
 
 DEGRADED = False
 MAKES = ("fine_encoder", "fine_decoder")
@@ -29,15 +29,12 @@ def needs(config: TrainConfig) -> tuple[str, ...]:
     return ("statistics", "coarse_encoder")
 
 
-def start(config: TrainConfig, key, pretrained: dict, images: Iterable) -> tuple[dict, dict]:
+def init(config: TrainConfig, key, pretrained: dict) -> dict:
     keys = jax.random.split(key)
-    generator = {
-        "fine_encoder": pretrained.get("fine_encoder")
-        or init_params(Encoder, config.model.lp_vae.fine, keys[0]),
-        "fine_decoder": pretrained.get("fine_decoder")
-        or init_params(Decoder, config.model.lp_vae.fine, keys[1]),
+    return {
+        "fine_encoder": init_params(Encoder, config.model.lp_vae.fine, keys[0]),
+        "fine_decoder": init_params(Decoder, config.model.lp_vae.fine, keys[1]),
     }
-    return generator, {group: pretrained[group] for group in needs(config)}
 
 
 def gradients(
@@ -72,9 +69,6 @@ def preview(config: TrainConfig, generator: dict, frozen: dict, batch: dict, key
     return [batch["image"], decode(lp_vae, vae, encode(lp_vae, vae, batch["image"]))]
 
 
-def export(config: TrainConfig, generator: dict, frozen: dict, images: Iterable) -> dict:
-    """With the statistics of the whole latent, which the DiT's is whitened by."""
-    lp_vae = frozen | generator
-    encoder = jax.jit(lambda lp_vae, image: encode(lp_vae, config.model.lp_vae, image))
-    measured = channel_statistics("latent", (encoder(lp_vae, batch) for batch in images))
-    return generator | {"statistics": frozen["statistics"] | measured}
+def statistics(config: TrainConfig, weights: dict, images: Iterable) -> dict:
+    """Those of the whole latent too, which the DiT's is whitened by."""
+    return weights["statistics"] | latent_statistics(config.model.lp_vae, weights, images)

@@ -21,6 +21,7 @@ from zipir_jax.models.layers import bind, init_params
 from zipir_jax.models.lp_vae import encode, unwhiten, whiten
 from zipir_jax.models.pixel_decoder import PixelDecoder, from_lp_vae
 from zipir_jax.training.losses import image_gradients
+from zipir_jax.training.stages.dit import text_of
 
 DEGRADED = True
 MAKES = ("pixel_decoder",)
@@ -31,15 +32,12 @@ def needs(config: TrainConfig) -> tuple[str, ...]:
     return (*lp_vae, "dit") if config.decoder_noise[1] else lp_vae
 
 
-def start(config: TrainConfig, key, pretrained: dict, images: Iterable) -> tuple[dict, dict]:
-    generator = pretrained.get("pixel_decoder")
-    if generator is None:
-        generator = from_lp_vae(init_params(PixelDecoder, config.model.lp_vae, key), pretrained)
-    return generator, {group: pretrained[group] for group in needs(config)}
+def init(config: TrainConfig, key, pretrained: dict) -> dict:
+    return {"pixel_decoder": from_lp_vae(init_params(PixelDecoder, config.model.lp_vae, key), pretrained)}
 
 
 def _decoder(config, generator):
-    return bind(PixelDecoder, config.model.lp_vae, generator)
+    return bind(PixelDecoder, config.model.lp_vae, generator["pixel_decoder"])
 
 
 def _latent(config, frozen, batch, key):
@@ -55,7 +53,8 @@ def _latent(config, frozen, batch, key):
     eps = jax.random.normal(noise_key, clean.shape)
     noisy = add_noise(whiten(clean, statistics), eps, timesteps, schedule)
     dit = bind(DiT, config.model.dit, frozen["dit"])
-    predicted = predict_eps(dit, config.model.diffusion.prediction, schedule)(noisy, timesteps, lq)
+    predict = functools.partial(dit, lq=lq, **text_of(batch))
+    predicted = predict_eps(predict, config.model.diffusion.prediction, schedule)(noisy, timesteps)
     return unwhiten(predict_clean(noisy, predicted, timesteps, schedule), statistics)
 
 
@@ -84,5 +83,5 @@ def preview(config: TrainConfig, generator: dict, frozen: dict, batch: dict, key
     return [batch["lq"], *(decoder(latent, batch["lq"]) for latent in latents), batch["image"]]
 
 
-def export(config: TrainConfig, generator: dict, frozen: dict, images: Iterable) -> dict:
-    return {"pixel_decoder": generator}
+def statistics(config: TrainConfig, weights: dict, images: Iterable) -> dict:
+    return weights["statistics"]

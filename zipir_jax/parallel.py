@@ -1,0 +1,177 @@
+"""How arrays are divided over devices: one table from parameter paths to logical axes, one from these to the mesh.
+
+Mesh axes: `data` repeats the model, `fsdp` divides parameters and optimizer state, which are gathered where they are
+used, `tensor` divides the DiT's heads and hidden channels, and the height of the LP-VAE's images. The batch is divided
+over `data` and `fsdp`. Everything else follows by XLA's propagation.
+"""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax import P
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from zipir_jax.config import MeshConfig
+
+# Logical axes of a parameter's dimensions; the first entry whose pattern is found in the path and that has as many
+# dimensions counts. The optimizer's moments and the average have the same paths, with others before them.
+PARAMETER_AXES = (
+    (r"attention\.(query|key|value)\.kernel$", ("layers", "embed", "heads")),
+    (r"attention\.out\.kernel$", ("layers", "heads", "embed")),
+    (r"mlp\.(up|gate)\.kernel$", ("layers", "embed", "hidden")),
+    (r"mlp\.down\.kernel$", ("layers", "hidden", "embed")),
+    (r"blocks\.modulation\.kernel$", ("layers", "embed", "hidden")),
+    (r"(timestep_in|embed_noisy|embed_lq)\.kernel$", (None, "embed")),
+    (r"(timestep_out|final_modulation)\.kernel$", ("embed", "hidden")),
+    (r"head\.kernel$", ("embed", None)),
+    (r"kernel$", (None, None, None, "channels")),  # convolutions
+)
+
+# Mesh axes of a logical axis; what is not named here is not divided.
+MESH_AXES = {
+    "batch": ("data", "fsdp"),
+    "height": "tensor",
+    "embed": "fsdp",
+    "channels": "fsdp",
+    "heads": "tensor",
+    "hidden": "tensor",
+}
+
+# Logical axes of a batch's arrays; the others are divided by their first axis alone.
+IMAGES = ("image", "lq")
+LARGEST_UNMATCHED = 1_000_000  # elements of a parameter that no rule names
+
+
+def start() -> None:
+    """Join the other processes of the job, if there are any; before jax touches a device.
+
+    They are found under SLURM, Open MPI, Kubernetes (indexed jobs, GKE) and on Cloud TPUs, or named by
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    environment = os.environ
+    # The signals are the training loop's: it lets a step end and saves.
+    jax.config.update("jax_enable_preemption_service", False)
+    if "JAX_COORDINATOR_ADDRESS" in environment:
+        jax.distributed.initialize(
+            num_processes=int(environment["JAX_NUM_PROCESSES"]), process_id=int(environment["JAX_PROCESS_ID"])
+        )
+        return
+    several = (
+        int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1,
+        int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1,
+        "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment,
+        "," in environment.get("TPU_WORKER_HOSTNAMES", ""),
+        # A Cloud TPU machine learns from its metadata whether it is one of several.
+        importlib.util.find_spec("libtpu") is not None and Path("/dev/accel0").exists(),
+    )
+    if any(several):
+        jax.distributed.initialize()
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of all devices. Raises ValueError, with the numbers, if they do not make one."""
+    devices, local = jax.device_count(), jax.local_device_count()
+    data = config.data or devices // (config.fsdp * config.tensor)
+    if data * config.fsdp * config.tensor != devices:
+        raise ValueError(
+            f"a mesh of data {config.data or 'any'} x fsdp {config.fsdp} x tensor {config.tensor} does not "
+            f"make up {devices} devices"
+        )
+    if local % config.tensor:
+        raise ValueError(
+            f"mesh.tensor {config.tensor} does not divide the {local} devices of a process, which share its images"
+        )
+    shape = (data, config.fsdp, config.tensor)
+    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """The number of parts that a batch is divided into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _spec(axes):
+    return P(*(MESH_AXES.get(axis) for axis in axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Divide an activation by the logical axes of its first dimensions; without a mesh, `x` as it is."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(axes))
+
+
+def parameter_spec(mesh: Mesh, path: str, shape: tuple[int, ...]) -> P:
+    """How a parameter, or a moment of it, is divided.
+
+    A dimension that its mesh axis does not divide stays whole. Raises ValueError for a parameter of a million elements
+    or more that no rule names.
+    """
+    for pattern, axes in PARAMETER_AXES:
+        if len(axes) == len(shape) and re.search(pattern, path):
+            names = [MESH_AXES.get(axis) for axis in axes]
+            fits = (
+                n if n and size % mesh.shape[n] == 0 else None for n, size in zip(names, shape, strict=True)
+            )
+            return P(*fits)
+    if np.prod(shape) >= LARGEST_UNMATCHED:
+        raise ValueError(f"{path} of shape {shape} matches no sharding rule")
+    return P()
+
+
+def parameter_shardings(mesh: Mesh, tree):
+    """A `NamedSharding` for each leaf of a tree of parameters, or of training state, by its path."""
+
+    def sharding(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return NamedSharding(mesh, parameter_spec(mesh, name, leaf.shape))
+
+    return jax.tree.map_with_path(sharding, tree)
+
+
+def batch_shardings(mesh: Mesh, names) -> dict[str, NamedSharding]:
+    """A `NamedSharding` for each named array of a batch."""
+    return {
+        name: NamedSharding(mesh, _spec(("batch", "height") if name in IMAGES else ("batch",)))
+        for name in names
+    }
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, P())
+
+
+def put(tree, shardings):
+    """Arrays that every process holds whole, as global arrays of these shardings (one for all, or a tree of them)."""
+
+    def put_leaf(leaf, sharding):
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda leaf: put_leaf(leaf, shardings), tree)
+    return jax.tree.map(put_leaf, tree, shardings)
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process' part of a batch, as its part of the global arrays."""
+    shardings = batch_shardings(mesh, batch)
+    return {
+        name: jax.make_array_from_process_local_data(shardings[name], array) for name, array in batch.items()
+    }
+
+
+def gather(mesh: Mesh, tree):
+    """Global arrays as numpy arrays; None for each on processes other than the first. All processes must call it."""
+    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+
+    def gather_leaf(leaf):  # one by one: no device has to hold more than one of them whole
+        leaf = whole(leaf)
+        return np.asarray(leaf) if jax.process_index() == 0 else None
+
+    return jax.tree.map(gather_leaf, tree)
