@@ -532,8 +532,8 @@ class DataConfig:
 class MeshConfig:
     """Devices along each axis of the mesh (see parallel.py); their product is the number of devices.
 
-    The batch is divided over data x fsdp. Parameters and optimizer state are divided over fsdp, and over tensor where
-    the DiT is wide; the LP-VAE divides the height of images over tensor.
+    The batch is divided over data x fsdp, the DiT's parameters and optimizer state over fsdp and tensor, the height of
+    the images that the LP-VAE reads over tensor.
     """
 
     data: int = 0  # 0 = all devices that the other two leave

@@ -1,8 +1,8 @@
 """How arrays are divided over devices: one table from parameter paths to logical axes, one from these to the mesh.
 
-Mesh axes: `data` repeats the model, `fsdp` divides parameters and optimizer state, which are gathered where they are
-used, `tensor` divides the DiT's heads and hidden channels, and the height of the LP-VAE's images. The batch is divided
-over `data` and `fsdp`. Everything else follows by XLA's propagation.
+Mesh axes: `data` repeats the model; `fsdp` divides the DiT's parameters and optimizer state, which are gathered where
+they are used; `tensor` divides the DiT's heads and hidden channels, and the height of the images that the LP-VAE reads.
+The batch is divided over `data` and `fsdp`. Everything else follows by XLA's propagation.
 """
 
 import importlib.util
@@ -28,7 +28,9 @@ PARAMETER_AXES = (
     (r"(timestep_in|embed_noisy|embed_lq)\.kernel$", (None, "embed")),
     (r"(timestep_out|final_modulation)\.kernel$", ("embed", "hidden")),
     (r"head\.kernel$", ("embed", None)),
-    (r"kernel$", (None, None, None, "channels")),  # convolutions
+    # Convolutions stay whole: the LP-VAE is small beside its images. Divided by channels, while the images are by height,
+    # XLA's partitioner (jax 0.10.2) gets their gradients wrong.
+    (r"kernel$", (None, None, None, None)),
 )
 
 # Mesh axes of a logical axis; what is not named here is not divided.
@@ -36,13 +38,14 @@ MESH_AXES = {
     "batch": ("data", "fsdp"),
     "height": "tensor",
     "embed": "fsdp",
-    "channels": "fsdp",
     "heads": "tensor",
     "hidden": "tensor",
 }
 
-# Logical axes of a batch's arrays; the others are divided by their first axis alone.
-IMAGES = ("image", "lq")
+IMAGES = ("image", "lq")  # the arrays of a batch whose second axis is the height of images
+# Rows of an image that a device gets at least, two of the latent: with less, XLA's partitioner (jax 0.10.2) gets the
+# gradients of strided convolutions wrong.
+SMALLEST_ROWS = 64
 LARGEST_UNMATCHED = 1_000_000  # elements of a parameter that no rule names
 
 
@@ -133,12 +136,19 @@ def parameter_shardings(mesh: Mesh, tree):
     return jax.tree.map_with_path(sharding, tree)
 
 
-def batch_shardings(mesh: Mesh, names) -> dict[str, NamedSharding]:
-    """A `NamedSharding` for each named array of a batch."""
-    return {
-        name: NamedSharding(mesh, _spec(("batch", "height") if name in IMAGES else ("batch",)))
-        for name in names
-    }
+def divides_height(mesh: Mesh, height: int) -> bool:
+    """Whether images of this height are divided by it; otherwise each device of the tensor axis has them whole."""
+    return height % (mesh.shape["tensor"] * SMALLEST_ROWS) == 0
+
+
+def batch_shardings(mesh: Mesh, shapes: dict[str, tuple[int, ...]]) -> dict[str, NamedSharding]:
+    """A `NamedSharding` for each array of a batch, by its name and shape."""
+
+    def sharding(name, shape):
+        by_height = name in IMAGES and divides_height(mesh, shape[1])
+        return NamedSharding(mesh, _spec(("batch", "height") if by_height else ("batch",)))
+
+    return {name: sharding(name, shape) for name, shape in shapes.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -160,7 +170,7 @@ def put(tree, shardings):
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process' part of a batch, as its part of the global arrays."""
-    shardings = batch_shardings(mesh, batch)
+    shardings = batch_shardings(mesh, {name: array.shape for name, array in batch.items()})
     return {
         name: jax.make_array_from_process_local_data(shardings[name], array) for name, array in batch.items()
     }

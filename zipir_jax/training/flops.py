@@ -56,20 +56,22 @@ def lpips_features_flops(net: str, height: int, width: int) -> int:
 
 
 def training_flops(
-    config: TrainConfig, height: int, width: int, *, adversarial: bool, text_tokens: int = 0
+    config: TrainConfig, height: int, width: int, *, adversarial: bool
 ) -> int:
     """FLOPs of a training step per image; sides of the crop, pixels.
 
-    `adversarial` says whether the discriminator takes part in the step, `text_tokens` how many the text embeddings
-    have. Raises ValueError if a side is not a multiple of 32.
+    `adversarial` says whether the discriminator takes part in the step. Raises ValueError if a side is not a multiple
+    of 32.
     """
     vae, dit = config.model.lp_vae, config.model.dit
+    text_tokens = config.data.text_tokens if config.data.text else 0
     small = height // COARSE_FACTOR, width // COARSE_FACTOR  # what E_c reads and D_c writes
     latent = height // FACTOR, width // FACTOR
     encode = encode_flops(vae, height, width)
     if config.stage == "dit":
         # The clean and the degraded image are encoded once each, however many noises are drawn for them.
-        return 2 * encode + 3 * config.noise_draws * dit_flops(dit, *latent, text_tokens)
+        read = 0 if config.data.latents else 2 * encode
+        return read + 3 * config.noise_draws * dit_flops(dit, *latent, text_tokens)
     if config.stage == "coarse":
         trained = encoder_flops(vae.coarse, *small) + decoder_flops(vae.coarse, *small)
         return 3 * trained + _image_loss_flops(config, vae.coarse, *small, adversarial)

@@ -27,7 +27,7 @@ from zipir_jax.metrics.fidelity import load_lpips
 from zipir_jax.models.flops import peak_flops
 from zipir_jax.models.lp_vae import COARSE_FACTOR, FACTOR
 from zipir_jax.training import checkpoint
-from zipir_jax.training.flops import step_flops
+from zipir_jax.training.flops import training_flops
 from zipir_jax.training.log import MetricsLog
 from zipir_jax.training.losses import LPIPS_SMALLEST, lpips_net
 from zipir_jax.training.signals import delayed_signals
@@ -153,7 +153,7 @@ def train(config: TrainConfig, resume: str = "") -> Path:
             images = buckets[size].batch_size
             counts = {
                 "images": images,
-                "flops": images * step_flops(config, *size, adversarial),
+                "flops": images * training_flops(config, *size, adversarial=adversarial),
                 "data_seconds": waited,
                 "seconds": time.monotonic() - began,
             }
@@ -254,9 +254,11 @@ def training_batches(config: TrainConfig, source, text: TextEmbeddings | None, m
     hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
     data = batches(config.data, source, config.seed, degradation, text, divisor=parts, **hosts)
     for bucket in data.buckets:
-        if bucket.height % mesh.shape["tensor"]:
+        # The LP-VAE has nothing else to divide over this axis; the DiT has its heads and hidden channels.
+        if config.stage != "dit" and not parallel.divides_height(mesh, bucket.height):
             raise ValueError(
-                f"crops of {bucket.height} rows do not divide over mesh.tensor {mesh.shape['tensor']}"
+                f"crops of {bucket.height} rows do not divide over mesh.tensor {mesh.shape['tensor']} into parts of "
+                f"a multiple of {parallel.SMALLEST_ROWS} rows"
             )
     return data
 
@@ -313,7 +315,7 @@ def compile_step(
 
     arrays = batch_shapes(config.data, bucket, STAGES[config.stage].DEGRADED, config.model.dit)
     arrays["wishes"] = ((parallel.batch_parts(mesh),), np.int32)
-    shardings = parallel.batch_shardings(mesh, arrays)
+    shardings = parallel.batch_shardings(mesh, {name: shape for name, (shape, _) in arrays.items()})
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
         for name, (shape, dtype) in arrays.items()
