@@ -638,7 +638,8 @@ def _write_dropped(output, scan, choice, rules):
             line, number = scan.line(index), choice.measured[index]
             rule, limit = texts[choice.reason[index]]
             measured = line["error"] if choice.reason[index] == DAMAGED else f"{number:.4g}"
-            of = scan.line(choice.of[index])["name"] if choice.of[index] >= 0 else ""
+            of = int(choice.of[index])
+            of = scan.line(of)["name"] if of >= 0 else ""
             table.writerow([line["name"], rule, measured, limit, of])
         text.flush()
         text.detach()

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -20,6 +20,7 @@ from zipir_jax.imageio import IMAGE_SUFFIXES, list_images, read_image_uint8, upr
 HEADER_THREADS = 16  # that read headers at the start; most of the time they wait for the disk
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to images. Threads may share a source; a pickled one (Grain's workers) opens its files anew."""
 

@@ -130,7 +130,8 @@ def _open_builder(spec, name, split):
     images = [key for key in features if type(features[key]) is tfds.features.Image]
     if not images:
         raise ValueError(f"{spec}: has no image among its features ({', '.join(features)})")
-    captions = [key for key in ("caption", "text") if isinstance(features.get(key), tfds.features.Text)]
+    texts = {key for key in features if isinstance(features[key], tfds.features.Text)}
+    captions = [key for key in ("caption", "text") if key in texts]
     return builder, "image" if "image" in images else images[0], (captions or [None])[0]
 
 
