@@ -412,34 +412,66 @@ def test_a_torn_line_of_the_scan_is_dropped(many, expected, tmp_path, monkeypatc
     assert contents(tmp_path / "block") == expected
 
 
-def children(process):
-    return Path(f"/proc/{process}/task/{process}/children").read_text().split()
+def workers_of(process):
+    """Process ids of the workers that a process has started."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-def test_the_processes_of_a_killed_run_end_with_it(many, tmp_path):
+def alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(name="running")
+def start_long_run(tmp_path):
+    """A run by two workers that has scanned some of its images and would take many seconds more."""
+    folder = write(tmp_path / "in", {"0.png": encoded(PHOTOGRAPHS["hubble_deep_field"])})
+    for number in range(1, 500):
+        (folder / f"{number}.png").hardlink_to(folder / "0.png")
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "zipir_jax.prepare", "index", "--input", many, "--output", output]
+    command = [
+        sys.executable,
+        "-m",
+        "zipir_jax.prepare",
+        "index",
+        "--input",
+        str(folder),
+        "--output",
+        str(output),
+    ]
     run = subprocess.Popen(
-        [*map(str, command), "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*command, "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
     while not (output / "scan.jsonl").exists() or (output / "scan.jsonl").read_bytes().count(b"\n") < 3:
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    workers = children(run.pid)
-    assert len(workers) >= 2
+    yield run
     run.kill()
-    run.wait()
+    run.communicate()
 
-    def alive(process):
-        try:
-            return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except FileNotFoundError:
-            return False
 
+def test_the_workers_of_a_killed_run_end_with_it(running):
+    workers = workers_of(running.pid)
+    assert len(workers) == 2
+    running.kill()
+    running.wait()
+    deadline = time.monotonic() + 60
     while any(map(alive, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_run_whose_worker_is_killed_says_so(running):
+    os.kill(int(workers_of(running.pid)[0]), signal.SIGKILL)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 2
+    assert err.strip().splitlines()[-1] == (
+        "error: one of 2 processes was killed, perhaps for want of memory; run again, with fewer workers"
+    )
 
 
 # --------------------------------------------------------------------------------------------------

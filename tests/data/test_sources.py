@@ -243,6 +243,12 @@ def test_folders_share_the_cache(folder, tmp_path):
     assert source[1] is not source[1]
 
 
+def test_an_unfinished_index_is_not_taken_for_a_folder_of_images(copy):
+    (copy / "index.json").unlink()
+    with pytest.raises(ValueError, match="its index is not finished; run prepare index again"):
+        open_sources((str(copy),))
+
+
 @pytest.mark.parametrize(
     ("specs", "message"),
     [
@@ -495,6 +501,15 @@ def test_a_split_may_be_any_that_tfds_knows(tfds_place):
     np.testing.assert_array_equal(last[1], TfdsSource("tfds:tiny")[4])
     assert repr(TfdsSource("tfds:tiny")) == repr(TfdsSource("tfds:tiny:1.0.0:train"))
     assert len({repr(TfdsSource(f"tfds:tiny:{split}")) for split in ("train", "few", "train[3:]")}) == 3
+
+
+def test_a_tfds_data_set_can_be_indexed(tfds_place, tmp_path):
+    write_index(("tfds:tiny",), tmp_path / "out", EVERYTHING, workers=0)
+    stored, source = ShardSource(tmp_path / "out"), TfdsSource("tfds:tiny")
+    np.testing.assert_array_equal(stored.sizes, source.sizes)
+    for index in range(5):
+        np.testing.assert_array_equal(stored[index], source[index])
+        assert stored.caption(index) == source.caption(index)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ from zipir_jax.config import IndexConfig
 from zipir_jax.data.shards import (
     FORMAT,
     INDEX_FILE,
+    SCAN_FILE,
     SIZES_FILE,
     ShardSource,
     open_shard,
@@ -52,7 +53,7 @@ from zipir_jax.data.sources import file_digest, read_caption
 from zipir_jax.files import replacing
 from zipir_jax.imageio import list_images, raise_pixel_limit, read_image_uint8
 
-SCAN_FILE, PLAN_FILE, DROPPED_FILE, REPORT_FILE = "scan.jsonl", "plan.json", "dropped.csv", "report.txt"
+PLAN_FILE, DROPPED_FILE, REPORT_FILE = "plan.json", "dropped.csv", "report.txt"
 OWN_FILES = re.compile(
     r"(index\.json|sizes\.npy|scan\.jsonl|plan\.json|dropped\.csv|report\.txt|shard-\d{5,}\.array_record)"
 )

@@ -24,6 +24,7 @@ from zipir_jax.imageio import read_image_uint8
 FORMAT = 1
 INDEX_FILE = "index.json"
 SIZES_FILE = "sizes.npy"
+SCAN_FILE = "scan.jsonl"  # what `prepare index` begins with
 OPEN_SHARDS = 128  # at once; each takes a file descriptor, of which a process often has 1024
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from zipir_jax.data.shards import INDEX_FILE, ShardSource
+from zipir_jax.data.shards import INDEX_FILE, SCAN_FILE, ShardSource
 from zipir_jax.imageio import IMAGE_SUFFIXES, list_images, read_image_uint8, upright_size
 
 HEADER_THREADS = 16  # that read headers at the start; most of the time they wait for the disk
@@ -67,6 +67,8 @@ def _is_plain_folder(spec):
 
 def _open_source(spec, cache_gib):
     if _is_plain_folder(spec):
+        if (Path(spec) / SCAN_FILE).is_file():
+            raise ValueError(f"{spec}: its index is not finished; run prepare index again, which goes on")
         return FolderSource(spec, cache_gib)
     if spec.startswith("tfds:"):
         from zipir_jax.data.tfds_source import TfdsSource  # only some need it
@@ -104,14 +106,13 @@ class FolderSource:
                 broken_captions.append(f"{error}; its image is used without a caption")
             return height_and_width
 
-        headers = Headers(len(paths), size)
-        self.paths = [paths[i] for i in headers.readable]
-        self.sizes = headers.sizes
-        self.damaged = headers.damaged + sorted(broken_captions)
+        readable, self.sizes, damaged = read_headers(len(paths), size)
+        self.paths = [paths[i] for i in readable]
+        self.damaged = damaged + sorted(broken_captions)
         if not self.paths:
             kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-            damaged = f" that can be read; {len(paths)} are damaged" if paths else ""
-            raise ValueError(f"{self.folder}: holds no image ({kinds}){damaged}")
+            reason = f" that can be read; {len(paths)} are damaged" if paths else ""
+            raise ValueError(f"{self.folder}: holds no image ({kinds}){reason}")
         self._digest = file_digest(self.folder, self.paths)
         self._cache_gib = cache_gib
         self._start_cache()
@@ -183,25 +184,25 @@ class ConcatSource:
         return f"ConcatSource({', '.join(map(repr, self.sources))})"
 
 
-class Headers:
-    """What the headers of `count` images say, read by threads; `size_of(i)` returns one's size or raises ValueError.
+def read_headers(
+    count: int, size_of: Callable[[int], tuple[int, int]]
+) -> tuple[list[int], Int32[np.ndarray, "n 2"], list[str]]:
+    """Sizes of `count` images, read by threads; `size_of(i)` returns (height, width) or raises ValueError.
 
-    readable: numbers of the images whose header could be read. sizes: int32 [readable, 2]. damaged: one sentence for
-    each of the others.
+    Returns the numbers of the images whose header could be read, their sizes, and one sentence for each of the others.
     """
 
-    def __init__(self, count: int, size_of: Callable[[int], tuple[int, int]]):
-        def header(index):
-            try:
-                return size_of(index)
-            except ValueError as error:
-                return str(error)
+    def header(index):
+        try:
+            return size_of(index)
+        except ValueError as error:
+            return str(error)
 
-        with ThreadPoolExecutor(HEADER_THREADS) as pool:
-            found = list(pool.map(header, range(count)))
-        self.readable = [index for index, size in enumerate(found) if not isinstance(size, str)]
-        self.sizes = np.array([found[index] for index in self.readable], np.int32).reshape(-1, 2)
-        self.damaged = [size for size in found if isinstance(size, str)]
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        found = list(pool.map(header, range(count)))
+    readable = [index for index, size in enumerate(found) if not isinstance(size, str)]
+    sizes = np.array([found[index] for index in readable], np.int32).reshape(-1, 2)
+    return readable, sizes, [size for size in found if isinstance(size, str)]
 
 
 def read_caption(image: Path) -> str:

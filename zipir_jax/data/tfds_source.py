@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from zipir_jax.data.sources import Headers
+from zipir_jax.data.sources import read_headers
 from zipir_jax.imageio import read_image_uint8, upright_size
 
 # A version belongs to the name: tfds:coco/2017:1.1.0:validation.
@@ -82,13 +82,12 @@ class TfdsSource:
             checksums[index] = zlib.crc32(data)
             return upright_size(records.image_name(index), data)
 
-        headers = Headers(len(records), size)
-        if not headers.readable:
+        readable, self.sizes, self.damaged = read_headers(len(records), size)
+        if not readable:
             raise ValueError(f"{spec}: none of its {len(records)} images can be read")
         self.name = spec
-        self.sizes, self.damaged = headers.sizes, headers.damaged
-        self._records, self._numbers = records, headers.readable
-        self._digest = f"{zlib.crc32(checksums[headers.readable].tobytes()):08x}"
+        self._records, self._numbers = records, readable
+        self._digest = f"{zlib.crc32(checksums[readable].tobytes()):08x}"
 
     def __len__(self) -> int:
         return len(self._numbers)
