@@ -63,9 +63,7 @@ TEMPORARY_FILES = re.compile(rf"\.{OWN_FILES.pattern}\.([0-9a-f]{{8}}|partial)")
 CHUNK = 8  # images that a process scans at a time
 HASH_SIDE = 16  # the perceptual hash has HASH_SIDE^2 bits
 HASH_WORDS = HASH_SIDE**2 // 64
-SHARPNESS_SIDE = (
-    1024  # pixels; larger images are shrunk to this short side first: a camera's pixels are always soft
-)
+SHARPNESS_SIDE = 1024  # pixels; a larger image is judged at this short side: the pixels of cameras are soft
 TILE = 64  # pixels; a photograph with a shallow depth of field is sharp in some of these only
 REFERENCE_QUALITY = 50  # of the JPEG file that a file is compared with
 
@@ -87,6 +85,7 @@ def write_index(specs: tuple[str, ...], output: Path, rules: IndexConfig, worker
         scan = Scan(output / SCAN_FILE, len(collection))
         choice = choose(scan, rules)
         if not (choice.reason == KEPT).any():
+            (output / INDEX_FILE).unlink(missing_ok=True)  # of other rules
             _write_dropped(output, scan, choice, rules)
             raise ValueError(
                 f"{output}: the rules drop all {len(collection)} images; see {DROPPED_FILE} there"
