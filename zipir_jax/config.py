@@ -307,7 +307,7 @@ class IndexConfig:
     longest_aspect: float = 4.0  # long side / short side, at most; beyond are banners, strips and borders
     # Deviation of the luma, at least; 0..255. Photographs have 14 to 95; scans of blank pages and error pictures less.
     contrast: float = 5.0
-    # Finest detail / next coarser detail where the image is sharpest, at least (`data.index.sharpness`). Photographs
+    # Finest detail / next coarser detail where the image is sharpest, at least (`data.quality.sharpness`). Photographs
     # have 0.9 to 4; enlarged twofold or blurred with sigma 1 pixel 0.65 to 1.4, enlarged fourfold or blurred with
     # sigma 2 pixels less than 0.87.
     sharpness: float = 0.87

@@ -21,8 +21,10 @@ from PIL import Image, ImageFilter
 
 from zipir_jax import prepare
 from zipir_jax.config import IndexConfig
-from zipir_jax.data import index
-from zipir_jax.data.index import close_pairs, near_duplicates, perceptual_hash, sharpness, write_index
+from zipir_jax.data import index, scan
+from zipir_jax.data.duplicates import close_pairs, near_duplicates
+from zipir_jax.data.index import write_index
+from zipir_jax.data.quality import perceptual_hash, sharpness
 from zipir_jax.data.shards import ShardSource
 from zipir_jax.data.sources import FolderSource
 
@@ -125,6 +127,8 @@ def test_each_rule_drops_what_it_is_for_and_says_why(tmp_path):
             "blurred.png": encoded(astronaut.filter(ImageFilter.GaussianBlur(2))),
             "enlarged.png": encoded(scaled("chelsea", 1 / 3).resize((900, 600), Image.Resampling.BICUBIC)),
             "compressed.jpg": encoded(astronaut, "JPEG", quality=10),
+            "strip.png": encoded(np.zeros((1, 70_000, 3), np.uint8)),
+            "dot.png": encoded(np.zeros((1, 1, 3), np.uint8)),
             "z copy.jpg": coffee,
         },
     )
@@ -136,6 +140,8 @@ def test_each_rule_drops_what_it_is_for_and_says_why(tmp_path):
         "truncated.jpg": "undecodable",
         "empty.png": "undecodable",
         "low.png": "short side too short",
+        "strip.png": "short side too short",
+        "dot.png": "short side too short",
         "long.png": "too elongated",
         "flat.png": "too little contrast",
         "blurred.png": "too blurred",
@@ -150,7 +156,7 @@ def test_each_rule_drops_what_it_is_for_and_says_why(tmp_path):
     assert 0.3 < float(found["blurred.png"][1]) < 0.87
     assert 0.3 < float(found["compressed.jpg"][1]) < 0.75
     for line in (
-        "11 images",
+        "13 images",
         "1 kept",
         "3 dropped: undecodable",
         "2 dropped: too blurred (limit: at least 0.87)",
@@ -170,7 +176,7 @@ def test_every_rule_can_be_switched_off(tmp_path):
         near_duplicate_bits=-1,
     )
     build(tmp_path / "in", tmp_path / "out", everything)
-    assert len(kept(tmp_path / "out")) == 8 and len(dropped(tmp_path / "out")) == 3
+    assert len(kept(tmp_path / "out")) == 10 and len(dropped(tmp_path / "out")) == 3
 
 
 def test_sharpness_falls_with_blur_and_not_with_contrast_or_size():
@@ -331,11 +337,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from zipir_jax.config import IndexConfig
-from zipir_jax.data import index
+from zipir_jax.data import index, scan
 from zipir_jax import files
 folder, output, where, count, rules = sys.argv[1:]
 owner, name = {
-    "measure": (index, "measure"),
+    "measure": (scan, "measure"),
     "pack": (index, "pack_record"),
     "rename": (Path, "rename"),
     "unlink": (Path, "unlink"),
@@ -396,8 +402,8 @@ def test_a_torn_line_of_the_scan_is_dropped(many, expected, tmp_path, monkeypatc
     whole = expected["scan.jsonl"]
     lines = whole.splitlines(keepends=True)
     cuts = [len(b"".join(lines[:12])) + extra for extra in (0, 1, len(lines[12]) // 2, len(lines[12]) - 1)]
-    measured, original = [], index.measure
-    monkeypatch.setattr(index, "measure", lambda *args: (measured.append(args[1]), original(*args))[1])
+    measured, original = [], scan.measure
+    monkeypatch.setattr(scan, "measure", lambda *args: (measured.append(args[1]), original(*args))[1])
     for number, cut in enumerate(cuts):
         output = tmp_path / str(number)
         write(output, {"scan.jsonl": whole[:cut]})
@@ -480,13 +486,13 @@ def test_a_run_whose_worker_is_killed_says_so(running):
 
 
 def forbid(monkeypatch, *names):
-    """Fail where the indexing calls one of these functions of its module."""
+    """Fail where the indexing calls one of these functions."""
 
     def fail(*args):
         raise AssertionError("called")
 
     for name in names:
-        monkeypatch.setattr(index, name, fail)
+        monkeypatch.setattr(scan if name == "measure" else index, name, fail)
 
 
 @pytest.fixture(name="finished")

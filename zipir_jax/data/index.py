@@ -1,10 +1,9 @@
-"""`prepare index`: look at every image of a collection once, drop those that training is better off without, and
-write the others as shards (shards.py).
+"""`prepare index`: look at every image of a collection once (scan.py), drop those that training is better off without,
+and write the others as shards (shards.py).
 
 The output folder holds, beside the shards and their index,
 
-    scan.jsonl     a line for the collection and one for each of its images, in order: what was measured. Only ever
-                   appended to, so that a run that was killed goes on behind its last whole line
+    scan.jsonl     what was measured of each image
     plan.json      says which images the shards that are already there hold
     dropped.csv    each image that was dropped, the rule, what was measured, the limit, and of what it is a duplicate
     report.txt     how many were dropped by which rule
@@ -13,31 +12,25 @@ What is written depends on the images and the rules alone: not on the number of 
 killed. Other rules on the same output use its scan and write its shards anew.
 """
 
-import collections
 import contextlib
 import csv
 import dataclasses
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import cv2
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8, UInt64
-from PIL import Image
+from jaxtyping import Float32, Int64, UInt8
 from tqdm import tqdm
 
 from zipir_jax.config import IndexConfig
+from zipir_jax.data.duplicates import first_of_equals, near_duplicates
+from zipir_jax.data.quality import HASH_SIDE, REFERENCE_QUALITY
+from zipir_jax.data.scan import Collection, Scan, in_order, json_line, scan_collection
 from zipir_jax.data.shards import (
     FORMAT,
     INDEX_FILE,
@@ -49,9 +42,7 @@ from zipir_jax.data.shards import (
     read_index,
     shard_name,
 )
-from zipir_jax.data.sources import file_digest, read_caption
 from zipir_jax.files import replacing
-from zipir_jax.imageio import list_images, raise_pixel_limit, read_image_uint8
 
 PLAN_FILE, DROPPED_FILE, REPORT_FILE = "plan.json", "dropped.csv", "report.txt"
 OWN_FILES = re.compile(
@@ -59,13 +50,6 @@ OWN_FILES = re.compile(
 )
 # What a killed run leaves: files that `replacing` had not put in their place yet, and unfinished shards.
 TEMPORARY_FILES = re.compile(rf"\.{OWN_FILES.pattern}\.([0-9a-f]{{8}}|partial)")
-
-CHUNK = 8  # images that a process scans at a time
-HASH_SIDE = 16  # the perceptual hash has HASH_SIDE^2 bits
-HASH_WORDS = HASH_SIDE**2 // 64
-SHARPNESS_SIDE = 1024  # pixels; a larger image is judged at this short side: the pixels of cameras are soft
-TILE = 64  # pixels; a photograph with a shallow depth of field is sharp in some of these only
-REFERENCE_QUALITY = 50  # of the JPEG file that a file is compared with
 
 KEPT, DAMAGED, SMALL, ELONGATED, FLAT, BLURRED, COMPRESSED, EXACT, NEAR = range(9)
 
@@ -81,7 +65,7 @@ def write_index(specs: tuple[str, ...], output: Path, rules: IndexConfig, worker
     output = Path(output)
     with _locked(output):
         _check_output(output)
-        _scan(collection, output, workers)
+        scan_collection(collection, output, workers)
         scan = Scan(output / SCAN_FILE, len(collection))
         choice = choose(scan, rules)
         if not (choice.reason == KEPT).any():
@@ -102,265 +86,6 @@ def write_index(specs: tuple[str, ...], output: Path, rules: IndexConfig, worker
             file.write(report.encode())
         _write_index_files(output, scan, shards, rules)
     return report
-
-
-# --------------------------------------------------------------------------------------------------
-# Collections: images as the bytes of their files
-# --------------------------------------------------------------------------------------------------
-
-
-class FolderFiles:
-    """The image files of a folder and its subfolders, none of which has been looked into."""
-
-    def __init__(self, folder: str):
-        self.folder = Path(folder)
-        self.paths = list_images(self.folder, recursive=True)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def encoded(self, index: int) -> bytes:
-        try:
-            return self.paths[index].read_bytes()
-        except OSError as error:
-            raise ValueError(f"{self.paths[index]}: cannot be read ({error.strerror})") from None
-
-    def caption(self, index: int) -> str:
-        return read_caption(self.paths[index])
-
-    def image_name(self, index: int) -> str:
-        name = self.paths[index].relative_to(self.folder).as_posix()
-        return os.fsencode(name).decode("utf-8", "backslashreplace")  # names of files may be any bytes
-
-    def __repr__(self) -> str:
-        return f"{len(self)} files, {file_digest(self.folder, self.paths)}"
-
-
-class Collection:
-    """The encoded images that several specs name, one after the other."""
-
-    def __init__(self, specs: tuple[str, ...]):
-        if not specs:
-            raise ValueError("no images are named; give a folder or tfds:NAME.")
-        self.specs = specs
-        self.parts = [_open_part(spec) for spec in specs]
-        self.starts = np.cumsum([0, *map(len, self.parts)])
-        if not len(self):
-            raise ValueError(f"{' and '.join(specs)}: no image")
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def _find(self, index):
-        which = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return which, int(index - self.starts[which])
-
-    def encoded(self, index: int) -> bytes:
-        """The bytes of an image's file. Raises ValueError where they cannot be read."""
-        which, position = self._find(index)
-        return self.parts[which].encoded(position)
-
-    def caption(self, index: int) -> str:
-        """Raises ValueError where it cannot be read."""
-        which, position = self._find(index)
-        return self.parts[which].caption(position)
-
-    def image_name(self, index: int) -> str:
-        """Where several specs are given, they tell files of the same name apart."""
-        which, position = self._find(index)
-        name = self.parts[which].image_name(position)
-        return name if len(self.parts) == 1 else f"{self.specs[which]}: {name}"
-
-    def __repr__(self) -> str:  # the scan holds it, and compares it
-        return "; ".join(map(repr, self.parts))
-
-
-def _open_part(spec):
-    if spec.startswith("synthetic:"):
-        raise ValueError(f"{spec}: synthetic images are no files; there is nothing to index")
-    if spec.startswith("tfds:"):
-        from zipir_jax.data.tfds_source import TfdsRecords  # only some need it
-
-        return TfdsRecords(spec)
-    return ShardSource(spec) if (Path(spec) / INDEX_FILE).is_file() else FolderFiles(spec)
-
-
-# --------------------------------------------------------------------------------------------------
-# Measures of an image
-# --------------------------------------------------------------------------------------------------
-
-
-def measure(collection: Collection, index: int) -> dict[str, Any]:
-    """What the scan says of an image: its name, and either why it cannot be decoded or all that the rules look at."""
-    line = {"name": collection.image_name(index), "caption": ""}
-    try:
-        line["caption"] = collection.caption(index)
-    except ValueError as error:
-        line["caption_error"] = str(error)
-    try:
-        data = collection.encoded(index)
-        line |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        pixels = read_image_uint8(line["name"], data)
-    except ValueError as error:
-        return line | {"error": str(error)}
-    height, width, _ = pixels.shape
-    luma = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    return line | {
-        "height": height,
-        "width": width,
-        "contrast": round(float(luma.std()), 3),
-        "sharpness": round(sharpness(luma.astype(np.float32)), 4),
-        "compression": round(len(data) / jpeg_bytes(pixels), 4),
-        "hash": perceptual_hash(pixels),
-    }
-
-
-def sharpness(luma: Float32[np.ndarray, "h w"]) -> float:
-    """Finest detail / next coarser detail in the sharpest tenth of the image, at most `SHARPNESS_SIDE` pixels high.
-
-    The bands are the image less itself blurred with sigma 1, and that less the image blurred with sigma 2; their ratio
-    does not change with contrast. Photographs have detail at every scale; what was blurred, or enlarged, lacks the
-    finest. luma: 0..255.
-    """
-    shrink = SHARPNESS_SIDE / min(luma.shape)
-    if shrink < 1:
-        luma = cv2.resize(luma, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
-    once, twice = cv2.GaussianBlur(luma, (0, 0), 1.0), cv2.GaussianBlur(luma, (0, 0), 2.0)
-    fine, coarse = _tile_energy(luma - once), _tile_energy(once - twice)
-    # 0.1: below the noise of rounding to whole levels.
-    return float(np.quantile(np.sqrt(fine / (coarse + 0.1)), 0.9))
-
-
-def _tile_energy(band):
-    """Mean square of each tile."""
-    rows, columns = (max(1, side // TILE) for side in band.shape)
-    height, width = band.shape[0] // rows, band.shape[1] // columns
-    tiles = band[: rows * height, : columns * width].reshape(rows, height, columns, width)
-    return np.square(tiles).mean(axis=(1, 3))
-
-
-def jpeg_bytes(pixels: UInt8[np.ndarray, "h w 3"]) -> int:
-    """Bytes of the image as a JPEG file of `REFERENCE_QUALITY`: how much there is to compress in it."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=REFERENCE_QUALITY)
-    return file.tell()
-
-
-def perceptual_hash(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
-    """Signs of the image's low frequencies, less their median: 256 bits as 64 hexadecimal digits."""
-    import imagehash
-
-    return str(imagehash.phash(Image.fromarray(pixels), hash_size=HASH_SIDE))
-
-
-# --------------------------------------------------------------------------------------------------
-# The scan
-# --------------------------------------------------------------------------------------------------
-
-
-def _scan(collection, output, workers):
-    """Bring scan.jsonl up to the last image."""
-    path = output / SCAN_FILE
-    header = {"format": FORMAT, "images": repr(collection)}
-    if not path.exists():
-        with replacing(path) as file:
-            file.write(_json_line(header))
-    done, whole = _intact_lines(path)
-    with path.open("r+b") as file:
-        try:
-            found = json.loads(file.readline())
-            found["format"], found["images"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}: not the scan of a collection; choose another output") from None
-        if found != header:
-            raise ValueError(
-                f"{output}: holds the scan of other images ({found['images']}, not {header['images']}); "
-                "choose another output, or delete it"
-            )
-        file.truncate(whole)
-        file.seek(whole)
-        chunks = (
-            (start, min(start + CHUNK, len(collection))) for start in range(done, len(collection), CHUNK)
-        )
-        options = {"total": len(collection), "initial": done, "dynamic_ncols": True}
-        with tqdm(desc="scan", unit="image", **options) as progress:
-            for lines in _in_order(_scan_chunk, chunks, collection, workers):
-                file.write(b"".join(lines))
-                file.flush()
-                progress.update(len(lines))
-        os.fsync(file.fileno())
-
-
-def _scan_chunk(collection, start, stop):
-    return [_json_line(measure(collection, index)) for index in range(start, stop)]
-
-
-def _json_line(fields):
-    return json.dumps(fields).encode() + b"\n"
-
-
-def _intact_lines(path):
-    """How many images the lines before the first torn one describe, and how many bytes these lines take."""
-    lines, whole = 0, 0
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
-                break
-            lines, whole = lines + 1, whole + len(line)
-    return lines - 1, whole
-
-
-class Scan:
-    """The scan of n images as arrays; names, captions and errors stay in the file until `line(i)` asks for them.
-
-    Where an image could not be decoded, `decoded` is False and the rest 0.
-    """
-
-    def __init__(self, path: Path, images: int):
-        self.path = path
-        self.decoded = np.zeros(images, bool)
-        self.sizes = np.zeros((images, 2), np.int32)  # height, width
-        self.bytes = np.zeros(images, np.int64)
-        self.sha256 = np.zeros((images, 4), np.uint64)
-        self.hashes = np.zeros((images, HASH_WORDS), np.uint64)
-        self.contrast, self.sharpness, self.compression = np.zeros((3, images), np.float32)
-        self.broken_captions = []  # sentences
-        self._offsets = np.zeros(images, np.int64)
-        with path.open("rb") as file:
-            offset = len(file.readline())
-            for index, text in enumerate(file):
-                self._offsets[index] = offset
-                offset += len(text)
-                self._add(index, json.loads(text))
-        self._file = None
-
-    def _add(self, index, line):
-        if "caption_error" in line:
-            self.broken_captions.append(line["caption_error"])
-        if "error" in line:
-            return
-        self.decoded[index] = True
-        self.sizes[index] = line["height"], line["width"]
-        self.bytes[index] = line["bytes"]
-        self.sha256[index] = np.frombuffer(bytes.fromhex(line["sha256"]), np.uint64)
-        self.hashes[index] = np.frombuffer(bytes.fromhex(line["hash"]), np.uint64)
-        self.contrast[index] = line["contrast"]
-        self.sharpness[index] = line["sharpness"]
-        self.compression[index] = line["compression"]
-
-    def __len__(self) -> int:
-        return len(self.decoded)
-
-    def line(self, index: int) -> dict[str, Any]:
-        """What `measure` returned for an image."""
-        if self._file is None:
-            self._file = self.path.open("rb")
-        self._file.seek(self._offsets[index])
-        return json.loads(self._file.readline())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -401,7 +126,7 @@ def choose(scan: Scan, rules: IndexConfig) -> Choice:
 
     if rules.exact_duplicates:
         left = np.flatnonzero(reason == KEPT)
-        first = left[_first_of_equals(scan.sha256[left])]
+        first = left[first_of_equals(scan.sha256[left])]
         copies = left[first != left]
         reason[copies], measured[copies], of[copies] = EXACT, 0, first[first != left]
     if rules.near_duplicate_bits >= 0:
@@ -420,82 +145,6 @@ def choose(scan: Scan, rules: IndexConfig) -> Choice:
         chained = np.flatnonzero((reason == EXACT) & (reason[of] == NEAR))
         reason[chained], measured[chained], of[chained] = NEAR, measured[of[chained]], of[of[chained]]
     return Choice(reason, measured, of)
-
-
-def near_duplicates(
-    hashes: UInt64[np.ndarray, "n words"], rank: Int64[np.ndarray, " n"], limit: int
-) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-    """For each hash the kept one that it is a near duplicate of, or -1 where it is kept; and how many bits differ.
-
-    In order of rank, each is kept unless one that is kept already differs from it in at most `limit` bits. So no two
-    that are kept are so close, and nothing is dropped for what it resembles only by way of others.
-    """
-    equal_order = np.lexsort((rank, *hashes.T))
-    equal = np.empty(len(hashes), np.int64)  # the best of those with the same hash
-    equal[equal_order] = equal_order[_first_of_equals(hashes[equal_order])]
-    unique = np.flatnonzero(equal == np.arange(len(hashes)))
-    of, distance = np.full(len(hashes), -1), np.zeros(len(hashes), np.int64)
-
-    first, second, apart = close_pairs(hashes[unique], limit)
-    first, second = unique[first], unique[second]
-    swapped = rank[first] > rank[second]
-    better, worse = np.where(swapped, second, first), np.where(swapped, first, second)
-    # Of the kept ones that an image is close to, it counts as a duplicate of the closest.
-    for pair in np.lexsort((rank[better], apart, rank[worse])):
-        if of[worse[pair]] < 0 and of[better[pair]] < 0:
-            of[worse[pair]], distance[worse[pair]] = better[pair], apart[pair]
-
-    copies = equal != np.arange(len(hashes))
-    dropped_too = copies & (of[equal] >= 0)
-    distance[dropped_too] = distance[equal[dropped_too]]
-    of[copies] = np.where(of[equal] >= 0, of[equal], equal)[copies]
-    return of, distance
-
-
-def close_pairs(
-    hashes: UInt64[np.ndarray, "n words"], limit: int
-) -> tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"], Int64[np.ndarray, " p"]]:
-    """All pairs of hashes that differ in at most `limit` bits: (first, second, bits that differ), first < second.
-
-    Cut into limit + 1 bands of bits, two such hashes agree in at least one band (pigeonhole principle). So only those
-    with an equal band are compared: with 13 bands of 20 bits, of 10^8 unrelated hashes about 100 with each.
-    """
-    octets = hashes.view(np.uint8)
-    edges = np.linspace(0, 8 * octets.shape[1], limit + 2).round().astype(int)
-    found = [np.zeros((0, 3), np.int64)]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        bits = np.unpackbits(octets[:, start // 8 : -(-stop // 8)], axis=1)
-        keys = np.packbits(bits[:, start % 8 :][:, : stop - start], axis=1)
-        keys = np.ascontiguousarray(np.pad(keys, ((0, 0), (0, -keys.shape[1] % 8)))).view(np.uint64)
-        order = np.lexsort(keys.T)
-        group = _group_numbers(keys[order])
-        end = np.searchsorted(group, group, side="right")
-        left = np.arange(len(order))
-        for step in range(1, len(order)):  # as often as the largest group has members
-            left = left[left + step < end[left]]
-            if not len(left):
-                break
-            one, other = order[left], order[left + step]
-            apart = np.bitwise_count(hashes[one] ^ hashes[other]).sum(axis=1, dtype=np.int64)
-            close = apart <= limit
-            pair = np.sort(np.stack([one[close], other[close]], axis=1), axis=1)
-            found.append(np.column_stack([pair, apart[close]]))
-    return tuple(np.unique(np.concatenate(found), axis=0).T)  # a pair may agree in several bands
-
-
-def _group_numbers(sorted_keys):
-    """0 for the first rows of a sorted [n, words], and one more wherever a row differs from the one before."""
-    new = (sorted_keys[1:] != sorted_keys[:-1]).any(axis=1)
-    return np.concatenate([[0], np.cumsum(new)])[: len(sorted_keys)]
-
-
-def _first_of_equals(keys):
-    """For each row of [n, words] the number of the first row that is the same."""
-    order = np.lexsort(keys.T)  # stable: among equals the first comes first
-    group = _group_numbers(keys[order])
-    first = np.empty(len(keys), np.int64)
-    first[order] = order[np.searchsorted(group, group, side="left")]
-    return first
 
 
 # --------------------------------------------------------------------------------------------------
@@ -550,7 +199,7 @@ def _start_plan(output, plan):
     for path in output.glob("shard-*.array_record"):
         path.unlink()
     with replacing(output / PLAN_FILE) as file:
-        file.write(_json_line({"plan": plan}))
+        file.write(json_line({"plan": plan}))
 
 
 def _write_shards(collection, output, scan, shards, workers):
@@ -566,7 +215,7 @@ def _write_shards(collection, output, scan, shards, workers):
 
     there = sum((output / shard_name(number)).exists() for number in range(len(shards)))
     with tqdm(desc="write", unit="shard", total=len(shards), initial=there, dynamic_ncols=True) as progress:
-        for _ in _in_order(_write_shard, missing(), collection, workers):
+        for _ in in_order(_write_shard, missing(), collection, workers):
             progress.update()
 
 
@@ -663,7 +312,7 @@ def _report(specs, scan, choice, rules, shards):
 
 
 # --------------------------------------------------------------------------------------------------
-# The output folder, and processes
+# The output folder
 # --------------------------------------------------------------------------------------------------
 
 
@@ -696,51 +345,3 @@ def _locked(output) -> Iterator[None]:
         raise ValueError(f"{output}: another run is writing there") from None
     finally:
         os.close(folder)
-
-
-def _in_order(
-    function: Callable[..., Any], arguments: Iterable[tuple], collection: Collection, workers: int
-) -> Iterator[Any]:
-    """function(collection, *arguments) for each of the arguments, in order, computed by processes; 0 = by this one."""
-    if workers == 0:
-        yield from (function(collection, *some) for some in arguments)
-        return
-    # Not forked: the threads of this process (numpy's, OpenCV's) would be missing in the children.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (collection,))
-    waiting = collections.deque()
-    try:
-        for some in arguments:
-            waiting.append(pool.submit(_call, function, some))
-            if len(waiting) >= 4 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise ValueError(
-            f"one of {workers} processes was killed, perhaps for want of memory; run again, with fewer workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_collection = None  # of this process, where it is a worker
-
-
-def _start_worker(collection):
-    global _collection
-    _collection = collection
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this process
-    raise_pixel_limit()
-    cv2.setNumThreads(1)
-    # Without this, the workers of a run that is killed would wait for work for ever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _call(function, arguments):
-    return function(_collection, *arguments)
