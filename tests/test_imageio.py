@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import skimage.data
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from zipir_jax import imageio
 from zipir_jax.imageio import (
@@ -21,9 +21,9 @@ from zipir_jax.imageio import (
     read_image_uint8,
     resize,
     resize_unclipped,
-    stored_size,
     to_float,
     to_uint8,
+    upright_size,
     write_image,
 )
 
@@ -100,10 +100,59 @@ def test_both_readers_read_the_same(smooth, tmp_path, mode):
     )
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     image.save(path, exif=exif)
-    assert stored_size(path) == (24, 40)
+    assert upright_size(path) == (40, 24)
     read = read_image_uint8(path)
     assert read.shape == (40, 24, 3)  # turned upright
     np.testing.assert_array_equal(read, to_uint8(read_image(path)))
+    data = path.read_bytes()
+    path.unlink()
+    assert upright_size(path, data) == (40, 24)
+    np.testing.assert_array_equal(read_image_uint8(path, data), read)
+
+
+def moved_behind_the_pixels(png, kind):
+    """The bytes of a PNG file with its chunks of this kind just before the last one, IEND."""
+    at, kept, moved = 8, png[:8], b""
+    while at < len(png):
+        length = struct.unpack(">I", png[at : at + 4])[0] + 12
+        chunk = png[at : at + length]
+        if chunk[4:8] == kind:
+            moved += chunk
+        else:
+            kept += moved + chunk if chunk[4:8] == b"IEND" else chunk
+        at += length
+    assert moved
+    return kept
+
+
+def test_the_size_of_a_png_file_is_known_without_its_pixels_unless_its_orientation_follows_them(
+    smooth, tmp_path, monkeypatch
+):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    note = PngImagePlugin.PngInfo()
+    note.add_text("date:create", "2026-01-01")  # as ImageMagick writes it, behind the pixels
+    xmp = PngImagePlugin.PngInfo()
+    xmp.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
+    image = Image.fromarray(smooth)
+    for name, options, kind in [
+        ("plain", {}, b"tEXt"),
+        ("first", {"exif": exif}, b"tEXt"),
+        ("late", {"exif": exif}, b"eXIf"),
+        ("xmp", {"pnginfo": xmp}, b"iTXt"),
+    ]:
+        image.save(tmp_path / f"{name}.png", **{"pnginfo": note} | options)
+        data = moved_behind_the_pixels((tmp_path / f"{name}.png").read_bytes(), kind)
+        (tmp_path / f"{name}.png").write_bytes(data)
+        assert upright_size(tmp_path / f"{name}.png") == read_image(tmp_path / f"{name}.png").shape[:2]
+    assert upright_size(tmp_path / "late.png") == upright_size(tmp_path / "xmp.png") == (40, 24)
+
+    def fail(self):
+        raise AssertionError("the pixels are decoded")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    assert upright_size(tmp_path / "plain.png") == (24, 40)
+    assert upright_size(tmp_path / "first.png") == (40, 24)
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
@@ -200,7 +249,7 @@ def test_bad_inputs_are_named(smooth, tmp_path):
     }.items():
         readers = [read_image, read_image_uint8]
         if reason != "damaged":
-            readers.append(stored_size)
+            readers.append(upright_size)
         for read in readers:
             with pytest.raises(ValueError, match=reason) as raised:
                 read(tmp_path / name)
@@ -214,13 +263,13 @@ def test_a_picture_of_too_many_pixels_is_refused(smooth, tmp_path, monkeypatch, 
     monkeypatch.setattr(imageio, "LARGEST_PIXELS", 960)
     assert read_image(path).shape == (24, 40, 3)
     monkeypatch.setattr(imageio, "LARGEST_PIXELS", 959)
-    for read in (read_image, stored_size):
+    for read in (read_image, upright_size):
         with pytest.raises(ValueError) as raised:
             read(path)
         assert str(raised.value) == f"{path}: more than 959 pixels, the most that is read (40 x 24 pixels)"
     monkeypatch.setattr(imageio, "LARGEST_PIXELS", 400)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # less than half: Pillow itself refuses
-    for read in (read_image, stored_size):
+    for read in (read_image, upright_size):
         with pytest.raises(
             ValueError, match=r"a\.\w+: more than 400 pixels, the most that is read \(.*960 pixels"
         ):
@@ -248,7 +297,7 @@ def test_a_refused_picture_is_not_warned_of_as_well(smooth, tmp_path):
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     (tmp_path / "a.png").write_bytes(data)
     # In a process of its own: pytest has other filters of warnings.
-    code = "import sys; from zipir_jax.imageio import *; raise_pixel_limit(); stored_size(sys.argv[1])"
+    code = "import sys; from zipir_jax.imageio import *; raise_pixel_limit(); upright_size(sys.argv[1])"
     command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
     printed = subprocess.run(command, capture_output=True, text=True, check=False).stderr
     assert "a.png: more than 268435456 pixels, the most that is read (20000 x 20000 pixels)" in printed
@@ -261,7 +310,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(smooth, tmp_path, mon
 
     write_image(tmp_path / "a.png", smooth)
     monkeypatch.setattr(Image, "open", refuse)
-    for read in (read_image, read_image_uint8, stored_size):
+    for read in (read_image, read_image_uint8, upright_size):
         with pytest.raises(ValueError) as raised:
             read(tmp_path / "a.png")
         assert str(raised.value) == f"{tmp_path / 'a.png'}: cannot be read (no permission)"
@@ -379,7 +428,7 @@ def test_a_webp_file_too_large_for_its_format_is_refused(tmp_path):
     assert os.listdir(tmp_path) == []
     write_image(tmp_path / "a.webp", np.zeros((1, 16383, 3), np.uint8))
     write_image(tmp_path / "a.jpg", np.zeros((1, 16384, 3), np.uint8))
-    assert stored_size(tmp_path / "a.webp") == (1, 16383) and stored_size(tmp_path / "a.jpg") == (1, 16384)
+    assert upright_size(tmp_path / "a.webp") == (1, 16383) and upright_size(tmp_path / "a.jpg") == (1, 16384)
 
 
 def test_a_written_file_has_ordinary_permissions(smooth, tmp_path):

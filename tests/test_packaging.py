@@ -54,7 +54,7 @@ def test_no_private_jax():
 
 
 def test_every_import_is_a_declared_dependency():
-    lines = PROJECT["project"]["dependencies"] + EXTRAS["app"] + EXTRAS["eval"]
+    lines = PROJECT["project"]["dependencies"] + EXTRAS["app"] + EXTRAS["eval"] + EXTRAS["tfds"]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     distributions = packages_distributions()
     for path in SOURCES:

@@ -1,6 +1,7 @@
 """Image files to arrays and back."""
 
 import contextlib
+import io
 import struct
 import warnings
 from collections import Counter
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from zipir_jax.files import replacing
 
@@ -69,26 +70,54 @@ def read_image(path: str | Path) -> Float32[np.ndarray, "h w 3"]:
     return to_float(pixels) if pixels.dtype == np.uint8 else pixels * 2 - 1
 
 
-def read_image_uint8(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
-    """`to_uint8(read_image(path))`, without the detour for the files of 8 bits that most are. Raises the same."""
-    pixels = _decode(path)
+def read_image_uint8(path: str | Path, data: bytes | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    """`to_uint8(read_image(path))`, without the detour for the files of 8 bits that most are. Raises the same.
+
+    data: the file's bytes where they are at hand; then nothing is read, and `path` is their name in errors.
+    """
+    pixels = _decode(path, data)
     return pixels if pixels.dtype == np.uint8 else to_uint8(pixels * 2 - 1)
 
 
-def stored_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) in pixels out of a file's header, before its EXIF orientation is undone.
+def upright_size(path: str | Path, data: bytes | None = None) -> tuple[int, int]:
+    """(height, width) in pixels of what `read_image_uint8` returns, out of the file's header.
 
     Raises ValueError as `read_image`, but sees no damage behind the header.
     """
-    with _opened(path) as image:
-        return image.height, image.width
+    with _opened(path, data) as image:
+        getexif = image.getexif
+        # A PNG file may hold EXIF data behind its pixels, and to find none Pillow decodes them: 100 times the work.
+        if isinstance(image, PngImagePlugin.PngImageFile) and not _has_late_orientation(image.fp):
+            getexif = super(PngImagePlugin.PngImageFile, image).getexif
+        turned = (_orientation(getexif) or 1) >= 5
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def _decode(path):
+def _has_late_orientation(file):
+    """Whether a PNG file's pixels are followed by EXIF or XMP data, of which either may hold an orientation."""
+    start = file.tell()
+    try:
+        file.seek(8)  # the signature
+        pixels_seen = False
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            pixels_seen |= kind == b"IDAT"
+            if pixels_seen and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                keyword = file.read(min(length, 24))
+                if kind == b"eXIf" or keyword.startswith((b"XML:com.adobe.xmp", b"Raw profile type exif")):
+                    return True
+                length -= len(keyword)
+            file.seek(length + 4, io.SEEK_CUR)  # and the checksum
+        return False
+    finally:
+        file.seek(start)
+
+
+def _decode(path, data=None):
     """uint8 [h, w, 3], or float32 in [0, 1] for a file of more than 8 bits."""
-    with _opened(path) as image:
+    with _opened(path, data) as image:
         image.load()
-        turn = UPRIGHT.get(_orientation(image))
+        turn = UPRIGHT.get(_orientation(image.getexif))
         image = image if turn is None else image.transpose(turn)
         if not image.mode.startswith("I") and image.mode != "F":
             return np.asarray(image.convert("RGB"))
@@ -101,27 +130,31 @@ def _decode(path):
         return np.repeat(np.clip(pixels / white, 0, 1)[..., None], 3, -1)
 
 
-def _orientation(image):
+def _orientation(getexif):
     """EXIF orientation, 1 to 8; None where there is none or the EXIF data are damaged: the pixels are not.
 
     `ImageOps.exif_transpose` packs the other EXIF data anew, and fails where one of them is damaged.
     """
     try:
-        return image.getexif().get(ExifTags.Base.Orientation)
+        return getexif().get(ExifTags.Base.Orientation)
     except (SyntaxError, ValueError, struct.error):
         return None
 
 
 @contextlib.contextmanager
-def _opened(path) -> Iterator[Image.Image]:
-    """A file as a Pillow image, its header read. What fails here or within becomes a ValueError with the path."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    if path.stat().st_size == 0:
+def _opened(path, data=None) -> Iterator[Image.Image]:
+    """A file, or its bytes, as a Pillow image, its header read.
+
+    What fails here or within becomes a ValueError with the path.
+    """
+    if data is None:
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+    if (path.stat().st_size if data is None else len(data)) == 0:
         raise ValueError(f"{path}: the file is empty")
     try:
-        with Image.open(path) as image:
+        with Image.open(path if data is None else io.BytesIO(data)) as image:
             if image.width * image.height > LARGEST_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             yield image

@@ -1,12 +1,13 @@
 """Command line that prepares and inspects training data: `python -m zipir_jax.prepare COMMAND --help`."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from zipir_jax import imageio
 from zipir_jax.command_line import parse, run
-from zipir_jax.config import DegradationConfig
+from zipir_jax.config import DegradationConfig, IndexConfig
 from zipir_jax.data.degrade import MINIMUM_SIDE, check_image
 from zipir_jax.data.preview import contact_sheet
 
@@ -53,6 +54,26 @@ def preview(
     print(f"{output}: {count} pairs from {len(crops)} images")
 
 
+def index(
+    input: tuple[str, ...], output: Path, workers: int | None = None, rules: IndexConfig = IndexConfig()
+) -> None:
+    """Look at every image of a collection, drop what training is better off without, write the rest as shards.
+
+    A run that was interrupted goes on when it is started again. Which images were dropped, and why, is in dropped.csv.
+
+    Args:
+        input: folders of images with their subfolders, folders of shards, or tfds:NAME or tfds:NAME:SPLIT
+        output: folder to write, a new one or that of an earlier run over the same images
+        workers: processes that read and measure; one for each core by default, 0 for none beside this one
+        rules: which images are kept, e.g. --rules.shortest-side 1024
+    """
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers is {workers}; it must be at least 0.")
+    from zipir_jax.data.index import write_index  # preview and export do without
+
+    print(write_index(input, output, rules, os.cpu_count() if workers is None else workers), end="")
+
+
 def export(weights: Path, output: Path) -> None:
     """Write what restoring needs of a training run's weights, in bfloat16.
 
@@ -84,6 +105,7 @@ def export(weights: Path, output: Path) -> None:
 
 COMMANDS = {
     "preview": preview,
+    "index": index,
     "export": export,
 }
 

@@ -7,14 +7,13 @@ from PIL import Image
 
 from zipir_jax.config import DataConfig, DegradationConfig
 from zipir_jax.data.pipeline import batches, random_crop
-from zipir_jax.data.sources import FolderSource
 
 IMAGES = 6
 
 
 @pytest.fixture(name="folder", scope="module")
 def make_folder(tmp_path_factory):
-    """Noise of which the blue channel says which image it is; beside them what is too small, and what is no image."""
+    """Noise of which the blue channel says which image it is."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "deeper").mkdir()
     rng = np.random.default_rng(0)
@@ -22,9 +21,6 @@ def make_folder(tmp_path_factory):
         pixels = rng.integers(0, 256, (72, 80, 3), dtype=np.uint8)
         pixels[..., 2] = 40 * index
         Image.fromarray(pixels).save(folder / ("deeper" if index % 2 else "") / f"{index}.png")
-    Image.fromarray(np.zeros((63, 200, 3), np.uint8)).save(folder / "low.png")
-    Image.fromarray(np.zeros((200, 63, 3), np.uint8)).save(folder / "narrow.png")
-    (folder / "notes.txt").write_text("no image")
     return folder
 
 
@@ -124,72 +120,6 @@ def test_every_epoch_shows_each_image_once_in_an_order_and_with_crops_of_its_own
 def test_a_batch_may_be_larger_than_the_folder(config):
     batch = next(batches(dataclasses.replace(config, batch_size=10), None, 0))
     assert batch["image"].shape[0] == 10
-
-
-# --------------------------------------------------------------------------------------------------
-# Sources
-# --------------------------------------------------------------------------------------------------
-
-
-def test_images_smaller_than_the_crop_are_left_out(folder):
-    source = FolderSource(folder, 64)
-    assert sorted(path.name for path in source.paths) == [f"{i}.png" for i in range(IMAGES)]
-    assert len(FolderSource(folder, 63)) == IMAGES + 2
-    with pytest.raises(
-        ValueError, match=r"holds no image \(.*\.png.*\) with both sides of at least 81 pixels"
-    ):
-        FolderSource(folder, 81)
-
-
-def test_a_folder_that_is_not_there_is_named(config):
-    missing = dataclasses.replace(config, folder=config.folder + "/nowhere")
-    with pytest.raises(ValueError, match="nowhere: no such folder"):
-        batches(missing, None, 0)
-
-
-def test_the_cache_returns_the_pixels_of_the_file_without_reading_it_again(folder):
-    cached, plain = FolderSource(folder, 64, cache_gib=1.0), FolderSource(folder, 64)
-    for index in range(IMAGES):
-        np.testing.assert_array_equal(cached[index], plain[index])
-        assert cached[index] is cached[index]
-        assert plain[index] is not plain[index]
-        assert (cached[index].shape, cached[index].dtype) == ((72, 80, 3), np.uint8)
-
-
-def test_the_cache_keeps_to_its_memory(folder):
-    room_for_two = 2.5 * 72 * 80 * 3 / 2**30
-    source = FolderSource(folder, 64, cache_gib=room_for_two)
-    first = [source[index] for index in range(IMAGES)]
-    kept = [source[index] is pixels for index, pixels in enumerate(first)]
-    assert kept == [True, True, False, False, False, False]
-
-
-def test_grey_and_transparent_files_become_rgb(tmp_path):
-    Image.fromarray(np.full((64, 64), 7, np.uint8)).save(tmp_path / "grey.png")
-    Image.fromarray(np.full((64, 64, 4), 9, np.uint8)).save(tmp_path / "transparent.png")
-    source = FolderSource(tmp_path, 64)
-    assert [source[i].shape for i in range(2)] == [(64, 64, 3)] * 2
-
-
-def test_a_photograph_that_lay_on_its_side_is_trained_upright(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(np.ascontiguousarray(np.rot90(pixels))).save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(FolderSource(tmp_path, 64)[0], pixels)
-
-
-def test_a_damaged_file_is_named(config, tmp_path):
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    whole = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
-    damaged = batches(dataclasses.replace(config, folder=str(tmp_path)), None, 0)
-    with pytest.raises(ValueError, match=r"a\.png: the image is damaged \(.*truncated"):
-        next(damaged)
-    (tmp_path / "b.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"b\.png: not an image that can be read"):
-        FolderSource(tmp_path, 64)
 
 
 # --------------------------------------------------------------------------------------------------

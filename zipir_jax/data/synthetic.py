@@ -33,7 +33,7 @@ class SyntheticSource:
     negative seed, IndexError for an index outside of 0 to count - 1.
     """
 
-    folder = "synthetic images"  # what `pipeline.batches` calls a source's images in its errors
+    name = folder = "synthetic images"
 
     def __init__(self, count: int, side: int, seed: int, config: SyntheticConfig = SyntheticConfig()):
         for name, value, lowest in (("count", count, 1), ("side", side, 1), ("seed", seed, 0)):
@@ -48,6 +48,20 @@ class SyntheticSource:
         if not 0 <= index < self.count:
             raise IndexError(f"image {index} does not lie within 0 to {self.count - 1}.")
         return synthetic_image(self.side, self.config, np.random.default_rng((self.seed, int(index))))
+
+    @property
+    def sizes(self) -> Int32[np.ndarray, "{self.count} 2"]:
+        """Height and width of each image."""
+        return np.broadcast_to(np.int32(self.side), (self.count, 2))  # takes no memory
+
+    @property
+    def damaged(self) -> list[str]:
+        """Files that cannot be read: none."""
+        return []
+
+    def caption(self, index: int) -> str:
+        """Nobody says what a synthetic image shows: ""."""
+        return ""
 
     def __repr__(self) -> str:  # `pipeline.batches` saves it with an iterator's state, and compares it
         digest = hashlib.sha256(repr(self.config).encode()).hexdigest()[:12]
