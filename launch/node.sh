@@ -3,8 +3,9 @@
 #
 #   launch/node.sh configs/small_dit.py [--field value ...]
 #
-# It goes on from the run's newest checkpoint, if there is one. A trainer that crashes is started again, RESTARTS times at
-# most. SIGTERM, Ctrl-C or the end of the terminal let it save a checkpoint and end with status 0; a second one is at once.
+# It goes on from the run's newest checkpoint, if there is one. A trainer that crashes is started again, RESTARTS times
+# at most. SIGTERM, Ctrl-C or the end of the terminal let it save a checkpoint and end with status 0; a second signal
+# ends it at once.
 #
 #   PYTHON          .venv/bin/python where there is one, else python
 #   RESTARTS        3

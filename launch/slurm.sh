@@ -64,8 +64,8 @@ trap stop TERM
 trap 'requeue=yes; stop' USR1
 
 while :; do
-  # Every process sees all GPUs of its node and jax gives it one, by SLURM_LOCALID; so no --gpus-per-task. If one process
-  # dies the others would wait for it for ever; so --kill-on-bad-exit.
+  # Every process sees all GPUs of its node and jax gives it one, by SLURM_LOCALID; so no --gpus-per-task. If one
+  # process dies the others would wait for it for ever; so --kill-on-bad-exit.
   srun --kill-on-bad-exit=1 "$PYTHON" -m zipir_jax.train --config "$config" --resume auto "$@" &
   step=$!
   # A signal ends `wait`, not srun. Of one that has ended `wait` tells the status as often as it is asked.
