@@ -33,7 +33,7 @@ class SyntheticSource:
     negative seed, IndexError for an index outside of 0 to count - 1.
     """
 
-    name = folder = "synthetic images"
+    name = "synthetic images"
 
     def __init__(self, count: int, side: int, seed: int, config: SyntheticConfig = SyntheticConfig()):
         for name, value, lowest in (("count", count, 1), ("side", side, 1), ("seed", seed, 0)):

@@ -55,9 +55,7 @@ def lpips_features_flops(net: str, height: int, width: int) -> int:
     return flops
 
 
-def training_flops(
-    config: TrainConfig, height: int, width: int, *, adversarial: bool
-) -> int:
+def training_flops(config: TrainConfig, height: int, width: int, *, adversarial: bool) -> int:
     """FLOPs of a training step per image; sides of the crop, pixels.
 
     `adversarial` says whether the discriminator takes part in the step. Raises ValueError if a side is not a multiple

@@ -1,5 +1,6 @@
 """The training loop: read it top to bottom."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -128,7 +129,8 @@ def train(config: TrainConfig, resume: str = "") -> Path:
             report(bar, metrics, counts)
         return wish
 
-    with bar, delayed_signals() as received:
+    closing = contextlib.closing(log) if log else contextlib.nullcontext()
+    with closing, bar, delayed_signals() as received:
         while step < config.steps and not stop:
             began = time.monotonic()
             if step == config.profile[0] < config.profile[1]:
@@ -179,8 +181,6 @@ def train(config: TrainConfig, resume: str = "") -> Path:
                     write_image(output / "samples" / f"{step:07d}.png", picture)
                     log.grid(step, picture)
         checkpoints.wait_until_finished()
-    if log:
-        log.close()
     if data.unreadable or source.damaged:
         count = len(data.unreadable) + len(source.damaged)
         print(f"{count} images could not be read; others stood in for them", file=sys.stderr)
