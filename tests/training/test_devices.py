@@ -65,14 +65,14 @@ def test_a_run_goes_on_on_another_mesh_and_in_more_processes(folder, stage):
     """Saved on 1 x 4 devices (data x fsdp)."""
     first = folder / f"{stage}_mesh"
     learning_rate = "--optimizer.learning-rate", "2e-4"
-    mesh = "--mesh.data", "1", "--mesh.fsdp", "4"
+    four, two_by_two = (("--mesh.data", d, "--mesh.fsdp", f) for d, f in (("1", "4"), ("2", "2")))
     save = "--keep-every", "1", *learning_rate
-    finish(start(stage, folder, first, 1, "--steps", "3", *mesh, *save, devices=4), first)
+    finish(start(stage, folder, first, 1, "--steps", "3", *four, *save, devices=4), first)
     curves = []
     for name, processes, devices, mesh in (
-        ("1x4", 1, 4, mesh),
-        ("2x2", 1, 4, ("--mesh.data", "2", "--mesh.fsdp", "2")),
-        ("processes", 2, 2, ("--mesh.data", "2", "--mesh.fsdp", "2")),
+        ("1x4", 1, 4, four),
+        ("2x2", 1, 4, two_by_two),
+        ("processes", 2, 2, two_by_two),
     ):
         output = folder / f"{stage}_mesh_{name}"
         shutil.copytree(first, output)

@@ -1,0 +1,97 @@
+"""Measure what training and restoring cost: `python -m zipir_jax.benchmark COMMAND --help`."""
+
+import json
+import sys
+from pathlib import Path
+
+from zipir_jax.command_line import machine, parse, run
+from zipir_jax.config import MODELS, DegradationConfig, LossConfig, TrainConfig
+from zipir_jax.files import check_writable, replacing
+
+# Trainings of the paper whose appetite for data is stated: stage, preset of the model.
+TRAININGS = {
+    "lpvae_fine": ("fine", "paper"),
+    "pixel_decoder": ("pixel_decoder", "paper"),
+    "dit_3b": ("dit", "paper"),
+    "dit_0p68b": ("dit", "dit_0p68b"),
+}
+DEVICE = "NVIDIA H100 80GB HBM3"
+UTILISATION = 0.4  # of the device's peak, at which it is assumed to train
+
+
+def pipeline(
+    sources: tuple[str, ...] = (),
+    resolutions: tuple[int, ...] = (512, 1024, 2048),
+    seconds: float = 20.0,
+    threads: int = 2,
+    output: Path | None = None,
+) -> None:
+    """Images a second of the data pipeline alone, with and without degradation, and the cores that a device needs.
+
+    Args:
+        sources: as data.sources of a training; () = synthetic images as JPEG files of 1.5 times the resolution
+        resolutions: pixels, sides of the crops
+        seconds: of each measurement, at least
+        threads: of the pipeline
+        output: JSON file to write
+    """
+    from zipir_jax.data.speed import pipeline_speed
+
+    if output is not None:
+        check_writable(output.parent)
+    command = " ".join(["python -m zipir_jax.benchmark", *sys.argv[1:]])
+    print(f"| crop, px | degraded | images/s, {threads} threads | images/s a core |\n|---|---|---|---|")
+    rows = []
+    for resolution in resolutions:
+        for degradation in (None, DegradationConfig()):
+            speed = pipeline_speed(resolution, degradation, sources, seconds, threads)
+            rows.append({"resolution": resolution, "degraded": degradation is not None} | speed)
+            numbers = f"{speed['images_per_second']:.2f} | {speed['images_per_core_second']:.2f}"
+            print(f"| {resolution} | {'yes' if degradation else 'no'} | {numbers} |", flush=True)
+    needs = cores_needed(rows)
+    print(
+        f"\nImages a second that one {DEVICE} takes at {UTILISATION:.0%} of its peak, and the cores that make them:\n"
+    )
+    print("| training | crop, px | images/s | cores |\n|---|---|---|---|")
+    for need in needs:
+        numbers = f"{need['images_per_second']:.1f} | {need['cores']:.1f}"
+        print(f"| {need['training']} | {need['resolution']} | {numbers} |")
+    print(f"\n`{command}`\n\n{machine()}")
+    if output is not None:
+        report = {"command": command, "machine": machine(), "speeds": rows, "device": DEVICE}
+        report |= {"utilisation": UTILISATION, "needs": needs}
+        with replacing(output) as file:
+            file.write((json.dumps(report, indent=1) + "\n").encode())
+
+
+def cores_needed(speeds: list[dict]) -> list[dict]:
+    """For each of TRAININGS and each resolution of `speeds`: images/s that a device takes, and cores that make them."""
+    from zipir_jax.models.flops import peak_flops
+    from zipir_jax.training.flops import training_flops
+    from zipir_jax.training.stages import STAGES
+
+    needs = []
+    for training, (stage, model) in TRAININGS.items():
+        config = TrainConfig(stage=stage, model=MODELS[model], loss=LossConfig(lpips_net="vgg16"))
+        for speed in speeds:
+            if speed["degraded"] == STAGES[stage].DEGRADED:
+                side = speed["resolution"]
+                flops = training_flops(config, side, side, adversarial=True)
+                rate = UTILISATION * peak_flops(DEVICE) / flops
+                cores = rate / speed["images_per_core_second"]
+                needs.append(
+                    {"training": training, "resolution": side, "images_per_second": rate, "cores": cores}
+                )
+    return needs
+
+
+COMMANDS = {"pipeline": pipeline}
+
+
+def main(arguments: list[str]) -> None:
+    description = "Measure what training and restoring cost. --debug shows the traceback of an error."
+    parse(COMMANDS, arguments, prog="python -m zipir_jax.benchmark", description=description)()
+
+
+if __name__ == "__main__":
+    run(main)
