@@ -22,7 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from zipir_jax.data.quality import HASH_SIDE, jpeg_bytes, perceptual_hash, sharpness
-from zipir_jax.data.shards import FORMAT, INDEX_FILE, SCAN_FILE, ShardSource
+from zipir_jax.data.records import FORMAT
+from zipir_jax.data.shards import INDEX_FILE, SCAN_FILE, ShardSource
 from zipir_jax.data.sources import file_digest, read_caption
 from zipir_jax.files import replacing
 from zipir_jax.imageio import list_images, raise_pixel_limit, read_image_uint8
