@@ -19,7 +19,7 @@ SIZES_FILE = "sizes.npy"
 
 def write_latents(
     folder: Path,
-    items: Iterable[tuple[Float32[np.ndarray, "h w c"], Float32[np.ndarray, "h w c"], str]],
+    items: Iterable[tuple[Float32[np.ndarray, "_ _ c"], Float32[np.ndarray, "_ _ c"], str]],
     contents: str,
     encoder: str,
 ) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -163,15 +164,19 @@ class Batches(Iterator):
     def __init__(self, dataset: grain.MapDataset, buckets: list[Bucket], config: DataConfig, contents: str):
         self.buckets, self.unreadable = buckets, []
         self._dataset, self._config, self._contents = dataset, config, contents
-        self._taken, self._iterator, self._named = 0, None, set()
+        self._taken, self._named = 0, set()
+        self._iterators = []  # Grain's, once it is needed
+        # When Python exits, Grain's own clean-up runs so late that modules which it needs are gone.
+        weakref.finalize(self, _close, self._iterators)
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._iterator is None:
-            self._iterator = self._start()
+        if not self._iterators:
+            self._iterators.append(self._start())
         try:
-            batch = next(self._iterator)
-        except RuntimeError as error:
-            if self._config.workers and "Worker process" in str(error):
+            batch = next(self._iterators[0])
+        except BaseException as error:
+            self.close()  # else Grain would go on behind the batch that failed
+            if isinstance(error, RuntimeError) and "Worker process" in str(error):
                 raise ValueError(
                     f"one of {self._config.workers} data workers was killed, perhaps for want of memory; run again, "
                     "with fewer data.workers"
@@ -202,9 +207,7 @@ class Batches(Iterator):
 
     def close(self) -> None:
         """End the threads or workers; the next batch starts new ones. What is deleted is closed as well."""
-        if self._iterator is not None:
-            self._iterator.close()
-        self._iterator = None
+        _close(self._iterators)
 
     def get_state(self) -> dict[str, Any]:
         return {"taken": self._taken, "contents": self._contents}
@@ -217,6 +220,11 @@ class Batches(Iterator):
             )
         self.close()
         self._taken = state["taken"]
+
+
+def _close(iterators):
+    while iterators:
+        iterators.pop().close()
 
 
 def _start_worker(number, workers):

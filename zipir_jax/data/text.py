@@ -15,7 +15,7 @@ CAPTIONS_FILE = "captions.npy"  # uint64 [2, n]: the captions' keys, rising, and
 
 
 def write_text(
-    folder: Path, embeddings: Iterable[tuple[str, Float[np.ndarray, "l c"]]], encoder: str
+    folder: Path, embeddings: Iterable[tuple[str, Float[np.ndarray, "_ c"]]], encoder: str
 ) -> None:
     """Write each caption's embedding in bfloat16. encoder: its name.
 
