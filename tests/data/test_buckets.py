@@ -123,8 +123,8 @@ def test_exact_takes_images_of_the_crops_own_size_alone():
 @pytest.mark.parametrize(
     ("exact", "message"),
     [
-        (False, "none of the 2 images has the pixels of a crop of resolution 128: 64 x 256, 128 x 128"),
-        (True, "none of the 2 images is exactly as large as a crop of resolution 128: 64 x 256, 128 x 128"),
+        (False, "none of the 2 images has the pixels of a crop of resolution 128: 128 x 128, 64 x 256"),
+        (True, "none of the 2 images is exactly as large as a crop of resolution 128: 128 x 128, 64 x 256"),
     ],
 )
 def test_a_resolution_that_no_image_has_is_refused(exact, message):

@@ -66,7 +66,7 @@ def test_a_pickled_one_opens_its_files_anew(folder):
 def test_a_value_that_float16_has_not_is_refused(tmp_path, wrong):
     broken = item(1)
     broken[1][1, 0, 3] = wrong
-    with pytest.raises(ValueError, match="latent 1: its values run from .* to .*; float16 ends at 65504"):
+    with pytest.raises(ValueError, match=r"latent 1: its values run from .* to .*; float16 ends at 65504"):
         write_latents(tmp_path / "out", iter([item(0), broken]), "crops", "0123")
     assert not (tmp_path / "out" / "latents.json").exists()
 

