@@ -342,7 +342,7 @@ from zipir_jax import files
 folder, output, where, count, rules = sys.argv[1:]
 owner, name = {
     "measure": (scan, "measure"),
-    "pack": (index, "pack_record"),
+    "write": (index.ShardWriter, "write"),
     "rename": (Path, "rename"),
     "unlink": (Path, "unlink"),
     "replace": (os, "replace"),
@@ -373,7 +373,7 @@ def killed(folder, output, where, count, rules=SMALL):
         ("measure", 1),
         ("measure", 21),  # within a chunk
         ("fsync", 1),  # the scan is whole
-        ("pack", 3),  # within a shard
+        ("write", 3),  # within a shard
         ("rename", 3),  # between shards
         ("replace", 3),  # before dropped.csv
         ("replace", 5),  # before the sizes

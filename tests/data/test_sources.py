@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from zipir_jax.config import IndexConfig
-from zipir_jax.data import shards
+from zipir_jax.data import records
 from zipir_jax.data.index import write_index
 from zipir_jax.data.shards import ShardSource
 from zipir_jax.data.sources import ConcatSource, FolderSource, open_sources
@@ -414,13 +414,13 @@ def test_the_digest_of_shards_is_that_of_their_images(copy, shard_folder, folder
 
 
 def test_shards_are_opened_when_they_are_read_and_not_too_many_at_once(shard_folder, monkeypatch):
-    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(records, "OPEN_SHARDS", 2)
     source = ShardSource(shard_folder)
-    assert len(source._readers) == 0
+    assert len(source._records._readers) == 0
     expected = [ShardSource(shard_folder)[index] for index in range(5)]
     for index in [0, 4, 2, 1, 3, 0, 2]:
         np.testing.assert_array_equal(source[index], expected[index])
-        assert len(source._readers) <= 2
+        assert len(source._records._readers) <= 2
 
 
 def broken(copy, change):
@@ -451,11 +451,11 @@ def test_a_missing_or_cut_shard_is_named(copy):
 
 def test_a_shard_with_another_number_of_records_is_named(copy):
     index = json.loads((copy / "index.json").read_text())["shards"]
-    index[0]["images"] += 1
-    index[1]["images"] -= 1
+    index[0]["records"] += 1
+    index[1]["records"] -= 1
     shard = copy / "shard-00000.array_record"
     assert re.fullmatch(
-        rf"{re.escape(str(shard))}: holds (\d) images instead of the \d that its index names",
+        rf"{re.escape(str(shard))}: holds (\d) records instead of the \d that its index names",
         broken(copy, lambda: edit_index(copy, shards=index)),
     )
 

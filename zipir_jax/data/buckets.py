@@ -5,6 +5,7 @@ nearest to its own among those that it fills without being enlarged.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -23,13 +24,19 @@ class Bucket:
     width: int  # pixels
     batch_size: int  # images, over all devices
     images: Int[np.ndarray, " n"]  # indices in the source
-    weight: float  # share of the batches
+    weight: (
+        float  # share of the batches; in all batches, the shares of the images are those of their resolutions
+    )
 
 
 def crop_sides(resolution: int, aspect_ratio: float) -> tuple[int, int]:
-    """(height, width) in multiples of 64 pixels: about resolution^2 pixels of about this width / height."""
+    """(height, width) in multiples of 64 pixels: about resolution^2 pixels of about this width / height.
+
+    Each side is off by 32 pixels at most, so that the area is nearer, the higher the resolution.
+    """
     sides = resolution / aspect_ratio**0.5, resolution * aspect_ratio**0.5
-    height, width = (max(1, round(side / MULTIPLE)) * MULTIPLE for side in sides)
+    # Halves are rounded up, and so is what rounding errors leave below one: else 4 : 9 were not 9 : 4 on its side.
+    height, width = (max(1, math.floor(side / MULTIPLE + 0.5 + 1e-9)) * MULTIPLE for side in sides)
     return height, width
 
 
@@ -39,8 +46,8 @@ def make_buckets(
     """The buckets of a config that have images, by resolution.
 
     sizes: height and width in pixels of each image; exact: only images of a crop's own size will do. divisor: what a
-    batch's images must divide by; a batch that follows from `batch_tokens` is rounded down to it. Raises ValueError for
-    a batch_size that it does not divide, and for a resolution that no image has.
+    batch's images must divide by; a batch that follows from `batch_tokens` is rounded down to it, but not to none.
+    Raises ValueError for a batch_size that it does not divide, and for a resolution that no image has.
     """
     if not config.batch_tokens and config.batch_size % divisor:
         raise ValueError(f"data.batch_size {config.batch_size} is not a multiple of {divisor}")
@@ -65,8 +72,9 @@ def make_buckets(
         total = np.count_nonzero(nearest >= 0)
         if not total:
             shapes = ", ".join(f"{width} x {height}" for height, width in crops)
+            wanted = "is exactly as large as" if exact else "has the pixels of"
             raise ValueError(
-                f"none of the {len(sizes)} images has the pixels of resolution {resolution}: {shapes}"
+                f"none of the {len(sizes)} images {wanted} a crop of resolution {resolution}: {shapes}"
             )
         for index, (height, width) in enumerate(crops):
             images = np.flatnonzero(nearest == index)

@@ -30,18 +30,9 @@ from tqdm import tqdm
 from zipir_jax.config import IndexConfig
 from zipir_jax.data.duplicates import first_of_equals, near_duplicates
 from zipir_jax.data.quality import HASH_SIDE, REFERENCE_QUALITY
+from zipir_jax.data.records import FORMAT, ShardWriter, read_index, shard_entry, shard_name, write_index_file
 from zipir_jax.data.scan import Collection, Scan, in_order, json_line, scan_collection
-from zipir_jax.data.shards import (
-    FORMAT,
-    INDEX_FILE,
-    SCAN_FILE,
-    SIZES_FILE,
-    ShardSource,
-    open_shard,
-    pack_record,
-    read_index,
-    shard_name,
-)
+from zipir_jax.data.shards import INDEX_FILE, SCAN_FILE, SIZES_FILE, ShardSource
 from zipir_jax.files import replacing
 
 PLAN_FILE, DROPPED_FILE, REPORT_FILE = "plan.json", "dropped.csv", "report.txt"
@@ -184,7 +175,7 @@ def _finished(output, plan, rules):
     """Whether the output is whole, and of this plan and these rules."""
     try:
         ShardSource(output)
-        same_rules = read_index(output)["rules"] == dataclasses.asdict(rules)
+        same_rules = read_index(output / INDEX_FILE)["rules"] == dataclasses.asdict(rules)
     except ValueError:
         return False
     there = all((output / name).is_file() for name in (REPORT_FILE, DROPPED_FILE))
@@ -220,25 +211,15 @@ def _write_shards(collection, output, scan, shards, workers):
 
 
 def _write_shard(collection, path, entries):
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        writer = ArrayRecordWriter(str(partial), "group_size:1,zstd:1")  # each record can be read by itself
-        for index, sha256, caption, name in entries:
-            data = collection.encoded(index)
-            if hashlib.sha256(data).hexdigest() != sha256:
-                raise ValueError(
-                    f"{name}: has changed since it was scanned; delete {path.parent} and index the images anew"
-                )
-            writer.write(pack_record(data, caption, name))
-        writer.close()
-    except RuntimeError as error:
-        raise ValueError(f"{path}: cannot be written ({error})") from None
-    open_shard(partial, len(entries)).close()
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.rename(path)
+    writer = ShardWriter(path)
+    for index, sha256, caption, name in entries:
+        data = collection.encoded(index)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError(
+                f"{name}: has changed since it was scanned; delete {path.parent} and index the images anew"
+            )
+        writer.write({"image": data, "caption": caption, "name": name})
+    writer.close()
 
 
 def _write_index_files(output, scan, shards, rules):
@@ -246,18 +227,13 @@ def _write_index_files(output, scan, shards, rules):
     with replacing(output / SIZES_FILE) as file:
         np.save(file, scan.sizes[kept])
     files = [output / shard_name(number) for number in range(len(shards))]
-    index = {
-        "format": FORMAT,
+    description = {
         "images": len(kept),
         "digest": hashlib.sha256(scan.sha256[kept].tobytes()).hexdigest()[:12],
         "rules": dataclasses.asdict(rules),
-        "shards": [
-            {"file": file.name, "images": len(shard), "bytes": file.stat().st_size}
-            for file, shard in zip(files, shards, strict=True)
-        ],
     }
-    with replacing(output / INDEX_FILE) as file:
-        file.write(json.dumps(index, indent=1).encode() + b"\n")
+    entries = [shard_entry(file, len(shard)) for file, shard in zip(files, shards, strict=True)]
+    write_index_file(output / INDEX_FILE, description, entries)
 
 
 def _rule_texts(rules):

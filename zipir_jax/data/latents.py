@@ -13,32 +13,52 @@ from jaxtyping import Float32
 from zipir_jax.data.buckets import LATENT_PIXEL
 from zipir_jax.data.records import Records, write_records
 
-INDEX = "latents.json"
+INDEX_FILE = "latents.json"
+SIZES_FILE = "sizes.npy"
 
 
 def write_latents(
     folder: Path,
-    items: Iterable[tuple[Float32[np.ndarray, "h w c"], Float32[np.ndarray, "h w c"], str]],
+    items: Iterable[tuple[Float32[np.ndarray, "_ _ c"], Float32[np.ndarray, "_ _ c"], str]],
     contents: str,
     encoder: str,
 ) -> None:
     """Write (latent, degraded image's latent, caption) of each crop.
 
     contents: what the crops were made of. encoder: a digest of the weights that encoded them, which training compares
-    with its own. Raises ValueError if the folder holds latents already.
+    with its own. Raises ValueError as `write_records`, for two latents of different shapes, and for a value that
+    float16 has not.
     """
-    sizes = []
+    folder, sizes = Path(folder), []
 
     def records():
         for latent, lq_latent, caption in items:
-            sizes.append(latent.shape[:2])
-            arrays = {"latent": latent, "lq_latent": lq_latent}
-            packed = {name: array.astype(np.float16).tobytes() for name, array in arrays.items()}
-            yield packed | {"height": latent.shape[0], "width": latent.shape[1], "caption": caption}
-        # Before the index, which `write_records` writes last.
-        np.save(Path(folder) / "sizes.npy", np.array(sizes, np.int32) * LATENT_PIXEL)
+            if latent.shape != lq_latent.shape:
+                raise ValueError(
+                    f"latent {len(sizes)} has the shape {latent.shape}, that of its degraded image {lq_latent.shape}"
+                )
+            arrays = {
+                "latent": _to_float16(latent, len(sizes)),
+                "lq_latent": _to_float16(lq_latent, len(sizes)),
+            }
+            height, width, _ = latent.shape
+            sizes.append((height, width))
+            packed = {name: array.tobytes() for name, array in arrays.items()}
+            yield packed | {"height": height, "width": width, "caption": caption}
+        # Here, as `write_records` writes the index when this returns.
+        np.save(folder / SIZES_FILE, np.array(sizes, np.int32).reshape(-1, 2) * LATENT_PIXEL)
 
-    write_records(folder, INDEX, records(), {"contents": contents, "encoder": encoder})
+    write_records(folder, INDEX_FILE, records(), {"contents": contents, "encoder": encoder})
+
+
+def _to_float16(array, number):
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError(
+            f"latent {number}: its values run from {array.min():g} to {array.max():g}; float16 ends at 65504"
+        )
+    return half
 
 
 class CachedLatents:
@@ -49,9 +69,15 @@ class CachedLatents:
     """
 
     def __init__(self, folder: str | Path):
-        self._records = Records(folder, INDEX)
-        self.sizes = np.load(Path(folder) / "sizes.npy")
-        self.encoder = self._records.description["encoder"]
+        self.folder = Path(folder)
+        self.name = str(folder)
+        self.damaged = []  # as a Source has it; what is damaged is named when it is read
+        self._records = Records(folder, INDEX_FILE, ("contents", "encoder"))
+        self.sizes = self._records.column(SIZES_FILE, (len(self), 2), np.int32)
+        self.encoder = self._records.index["encoder"]
+
+    def __reduce__(self) -> tuple:  # a memory-mapped array would be pickled as a whole
+        return type(self), (self.folder,)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -66,5 +92,5 @@ class CachedLatents:
         return arrays | {"caption": record["caption"]}
 
     def __repr__(self) -> str:
-        contents = self._records.description["contents"]
+        contents = self._records.index["contents"]
         return f"CachedLatents({len(self)} of {contents}, encoder {self.encoder})"

@@ -1,11 +1,14 @@
 """From images to batches: crop, flip, degrade, batch; each item a function of its seed and position alone."""
 
 import functools
-from collections.abc import Iterator
+import signal
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Float32, UInt8
 
 from zipir_jax.config import DataConfig, DegradationConfig, DiTConfig
@@ -14,6 +17,7 @@ from zipir_jax.data.degrade import degrade_item
 from zipir_jax.data.latents import CachedLatents
 from zipir_jax.data.sources import Source
 from zipir_jax.data.text import TextEmbeddings
+from zipir_jax.data.workers import start_worker
 from zipir_jax.imageio import resize, to_float
 
 READ_TRIES = 20  # images, one after the other, that may all be unreadable before the pipeline gives up
@@ -41,19 +45,20 @@ def random_crop(
     return np.ascontiguousarray(crop)
 
 
-def read_item(source: Source, images: np.ndarray, position: int) -> tuple[Any, int, str]:
-    """The source's item at images[position], or the first after it that can be read; its index; what was wrong.
+def read_item(read: Callable[[int], Any], images: np.ndarray, position: int) -> tuple[Any, str]:
+    """`read(images[position])`, or of the first image after it that can be read, and what was wrong with the others.
 
-    What was wrong is a line for each item that could not be read. Raises ValueError after READ_TRIES of them.
+    What was wrong is a line for each of the others, for which `read` raised ValueError. Raises ValueError after
+    READ_TRIES of them, or after all.
     """
     unreadable = []
-    for attempt in range(READ_TRIES):
-        index = int(images[(position + attempt) % len(images)])
+    for attempt in range(min(READ_TRIES, len(images))):
         try:
-            return source[index], index, "\n".join(unreadable)
+            return read(int(images[(position + attempt) % len(images)])), "\n".join(unreadable)
         except ValueError as error:
             unreadable.append(" ".join(str(error).split()))
-    raise ValueError(f"{READ_TRIES} images in a row cannot be read, from {unreadable[0]} to {unreadable[-1]}")
+    first, last = unreadable[0], unreadable[-1]
+    raise ValueError(f"{len(unreadable)} images in a row cannot be read, from the first ({first}) to {last}")
 
 
 def image_item(
@@ -66,14 +71,22 @@ def image_item(
     source: Source,
     text: TextEmbeddings | None,
 ) -> dict:
-    """{"image", "lq"?, "text"?, "text_lengths"?, "unreadable"} for the image at a position of the bucket."""
-    image, index, unreadable = read_item(source, bucket.images, position)
+    """{"image", "lq"?, "text"?, "text_lengths"?, "unreadable"} for the image at a position of the bucket.
+
+    An image whose caption has no embedding counts as unreadable: some that were added later should not end a run, and
+    each is named; where it is all of them, READ_TRIES ends the run at once.
+    """
+
+    def read(index):
+        return None if text is None else text[source.caption(index)], source[index]
+
+    (embedding, image), unreadable = read_item(read, bucket.images, position)
     crop = random_crop(image, bucket.height, bucket.width, config, rng)
     item = {"image": crop, "unreadable": np.array(unreadable)}
     if degradation is not None:
         item["lq"] = degrade_item(crop, degradation, int(rng.integers(2**63)))
     if text is not None:
-        item |= text_item(source.caption(index), config, text, rng)
+        item |= text_item(embedding, config, text, rng)
     return item
 
 
@@ -86,18 +99,30 @@ def latent_item(
     source: CachedLatents,
     text: TextEmbeddings | None,
 ) -> dict:
-    """{"latent", "lq_latent", "text"?, "text_lengths"?, "unreadable"} for the crop at a position of the bucket."""
-    cached, _, unreadable = read_item(source, bucket.images, position)
-    caption = cached.pop("caption")
-    item = cached | {"unreadable": np.array(unreadable)}
+    """{"latent", "lq_latent", "text"?, "text_lengths"?, "unreadable"} for the crop at a position of the bucket.
+
+    Captions without an embedding: see `image_item`.
+    """
+
+    def read(index):
+        cached = source[index]
+        caption = cached.pop("caption")
+        return None if text is None else text[caption], cached
+
+    (embedding, item), unreadable = read_item(read, bucket.images, position)
+    item["unreadable"] = np.array(unreadable)
     if text is not None:
-        item |= text_item(caption, config, text, rng)
+        item |= text_item(embedding, config, text, rng)
     return item
 
 
-def text_item(caption: str, config: DataConfig, text: TextEmbeddings, rng: np.random.Generator) -> dict:
-    """{"text": float32 [text_tokens, c], padded with zeros, "text_lengths"} of a caption, or of no text at random."""
-    embedding = text["" if rng.random() < config.text_dropout else caption][: config.text_tokens]
+def text_item(
+    embedding: Float32[np.ndarray, "l c"], config: DataConfig, text: TextEmbeddings, rng: np.random.Generator
+) -> dict:
+    """{"text": float32 [text_tokens, c], padded with zeros, "text_lengths"} of an embedding, at random of no text's."""
+    if rng.random() < config.text_dropout:
+        embedding = text[""]
+    embedding = embedding[: config.text_tokens]
     padded = np.zeros((config.text_tokens, embedding.shape[1]), np.float32)
     padded[: len(embedding)] = embedding
     return {"text": padded, "text_lengths": np.int32(len(embedding))}
@@ -139,23 +164,50 @@ class Batches(Iterator):
     def __init__(self, dataset: grain.MapDataset, buckets: list[Bucket], config: DataConfig, contents: str):
         self.buckets, self.unreadable = buckets, []
         self._dataset, self._config, self._contents = dataset, config, contents
-        self._taken, self._iterator = 0, None
+        self._taken, self._named = 0, set()
+        self._iterators = []  # Grain's, once it is needed
+        # When Python exits, Grain's own clean-up runs so late that modules which it needs are gone.
+        weakref.finalize(self, _close, self._iterators)
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._iterator is None:
-            # Sliced, so that the number of threads or workers is no part of the state.
-            options = grain.ReadOptions(num_threads=self._config.threads, prefetch_buffer_size=4)
-            dataset = self._dataset[self._taken :].to_iter_dataset(options)
-            if self._config.workers:
-                workers = grain.MultiprocessingOptions(self._config.workers, per_worker_buffer_size=2)
-                dataset = dataset.mp_prefetch(workers)
-            self._iterator = iter(dataset)
-        batch = next(self._iterator)
+        if not self._iterators:
+            self._iterators.append(self._start())
+        try:
+            batch = next(self._iterators[0])
+        except BaseException as error:
+            self.close()  # else Grain would go on behind the batch that failed
+            if isinstance(error, RuntimeError) and "Worker process" in str(error):
+                raise ValueError(
+                    f"one of {self._config.workers} data workers was killed, perhaps for want of memory; run again, "
+                    "with fewer data.workers"
+                ) from error
+            raise
         self._taken += 1
         for line in "\n".join(batch.pop("unreadable")).split("\n"):
-            if line and line not in self.unreadable:
+            if line and line not in self._named:
+                self._named.add(line)
                 self.unreadable.append(line)
         return batch
+
+    def _start(self):
+        # Each thread makes a whole batch; none has to wait for another's to be taken.
+        options = grain.ReadOptions(
+            num_threads=self._config.threads, prefetch_buffer_size=max(4, self._config.threads)
+        )
+        # Sliced, so that the number of threads or workers is no part of the state.
+        dataset = self._dataset[self._taken :].to_iter_dataset(options)
+        if self._config.workers:
+            # Grain looks at flags of its own before it starts processes, which absl lets nobody do until its own
+            # entry point has parsed the command line. Ours does not use it.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            workers = grain.MultiprocessingOptions(self._config.workers, per_worker_buffer_size=2)
+            dataset = dataset.mp_prefetch(workers, _start_worker)
+        return iter(dataset)
+
+    def close(self) -> None:
+        """End the threads or workers; the next batch starts new ones. What is deleted is closed as well."""
+        _close(self._iterators)
 
     def get_state(self) -> dict[str, Any]:
         return {"taken": self._taken, "contents": self._contents}
@@ -166,7 +218,18 @@ class Batches(Iterator):
             raise ValueError(
                 f"not the images that the run began with: {self._contents}, not {state['contents']}"
             )
-        self._taken, self._iterator = state["taken"], None
+        self.close()
+        self._taken = state["taken"]
+
+
+def _close(iterators):
+    while iterators:
+        iterators.pop().close()
+
+
+def _start_worker(number, workers):
+    # A scheduler's SIGTERM reaches all processes of a job; the training loop takes more batches before it stops.
+    start_worker((signal.SIGINT, signal.SIGTERM))
 
 
 def batches(
@@ -186,12 +249,15 @@ def batches(
         {"latent": [b, h/32, w/32, c], "lq_latent": the same} where the source is `CachedLatents`
         and with `text` {"text": [b, text_tokens, c], "text_lengths": int32 [b]}
 
-    A bucket of `config` is drawn for each batch, the same on every host; host i of n gets the i-th of n equal parts of
-    the batch's images, so that the batch is the same whatever the number of hosts. divisor: see `make_buckets`. Raises
-    ValueError as `make_buckets`.
+    The buckets take turns as often as their weights say, the same one on every host; host i of n gets the i-th of n
+    equal parts of the batch's images, so that the batch is the same whatever the number of hosts. divisor: see
+    `make_buckets`. Raises ValueError as `make_buckets`, and for a batch that the hosts cannot divide.
     """
     cached = isinstance(source, CachedLatents)
     buckets = make_buckets(config, source.sizes, divisor, exact=cached)
+    for bucket in buckets:
+        if bucket.batch_size % hosts:
+            raise ValueError(f"a batch of {bucket.batch_size} images does not divide over {hosts} hosts")
     if cached:
         make_item = functools.partial(latent_item, config=config, source=source, text=text)
     else:

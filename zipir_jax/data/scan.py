@@ -9,8 +9,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,10 +20,12 @@ import numpy as np
 from tqdm import tqdm
 
 from zipir_jax.data.quality import HASH_SIDE, jpeg_bytes, perceptual_hash, sharpness
-from zipir_jax.data.shards import FORMAT, INDEX_FILE, SCAN_FILE, ShardSource
+from zipir_jax.data.records import FORMAT
+from zipir_jax.data.shards import INDEX_FILE, SCAN_FILE, ShardSource
 from zipir_jax.data.sources import file_digest, read_caption
+from zipir_jax.data.workers import start_worker
 from zipir_jax.files import replacing
-from zipir_jax.imageio import list_images, raise_pixel_limit, read_image_uint8
+from zipir_jax.imageio import list_images, read_image_uint8
 
 CHUNK = 8  # images that a process scans at a time
 HASH_WORDS = HASH_SIDE**2 // 64
@@ -285,16 +285,7 @@ _collection = None  # of this process, where it is a worker
 def _start_worker(collection):
     global _collection
     _collection = collection
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this process
-    raise_pixel_limit()
-    cv2.setNumThreads(1)
-    # Without this, the workers of a run that is killed would wait for work for ever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    start_worker()
 
 
 def _call(function, arguments):

@@ -10,50 +10,67 @@ from jaxtyping import Float, Float32
 
 from zipir_jax.data.records import Records, write_records
 
-INDEX = "text.json"
+INDEX_FILE = "text.json"
+CAPTIONS_FILE = "captions.npy"  # uint64 [2, n]: the captions' keys, rising, and the numbers of their records
 
 
 def write_text(
-    folder: Path, embeddings: Iterable[tuple[str, Float[np.ndarray, "l c"]]], encoder: str
+    folder: Path, embeddings: Iterable[tuple[str, Float[np.ndarray, "_ c"]]], encoder: str
 ) -> None:
-    """Write each caption's embedding in bfloat16; the empty caption's must be among them. encoder: its name."""
-    keys = []
+    """Write each caption's embedding in bfloat16. encoder: its name.
+
+    Raises ValueError as `write_records`, for embeddings of different widths, and unless the empty caption, which stands
+    for no text, is among them.
+    """
+    folder, keys, widths = Path(folder), [], set()
 
     def records():
         for caption, embedding in embeddings:
             keys.append(_key(caption))
             array = np.asarray(embedding).astype(ml_dtypes.bfloat16)
+            widths.add(array.shape[1])
+            if len(widths) > 1:
+                raise ValueError(
+                    f"embeddings of {' and '.join(map(str, sorted(widths)))} channels do not mix"
+                )
             yield {"caption": caption, "width": array.shape[1], "embedding": array.tobytes()}
-        np.save(Path(folder) / "captions.npy", np.array(keys, np.uint64))
+        if _key("") not in keys:
+            raise ValueError("the embedding of the empty caption is missing")
+        # Here, as `write_records` writes the index when this returns.
+        order = np.argsort(np.array(keys, np.uint64)).astype(np.uint64)
+        np.save(folder / CAPTIONS_FILE, np.stack([np.array(keys, np.uint64)[order], order]))
 
-    write_records(folder, INDEX, records(), {"encoder": encoder})
+    write_records(folder, INDEX_FILE, records(), {"encoder": encoder})
 
 
 class TextEmbeddings:
     """`embeddings[caption] -> float32 [l, c]` of what `write_text` wrote; `width` is c.
 
-    Raises ValueError as `Records`, if the empty caption, which stands for no text, is missing, and when a caption is
-    asked for that has no embedding.
+    Raises ValueError as `Records`, and when a caption is asked for that has no embedding.
     """
 
     def __init__(self, folder: str | Path):
-        self._folder = Path(folder)
-        self._records = Records(folder, INDEX)
-        keys = np.load(self._folder / "captions.npy")
-        self._order = np.argsort(keys)
-        self._keys = keys[self._order]
+        self.folder = Path(folder)
+        self._records = Records(folder, INDEX_FILE)
+        self._keys, self._numbers = self._records.column(CAPTIONS_FILE, (2, len(self._records)), np.uint64)
         self.width = self[""].shape[1]
 
+    def __reduce__(self) -> tuple:  # a memory-mapped array would be pickled as a whole
+        return type(self), (self.folder,)
+
     def __getitem__(self, caption: str) -> Float32[np.ndarray, "l c"]:
-        place = np.searchsorted(self._keys, _key(caption))
-        if place < len(self._keys) and self._keys[place] == _key(caption):
-            record = self._records[int(self._order[place])]
+        key = _key(caption)
+        place = np.searchsorted(self._keys, key)
+        if place < len(self._keys) and self._keys[place] == key:
+            record = self._records[int(self._numbers[place])]
             if record["caption"] == caption:  # and not another one of the same key
                 embedding = np.frombuffer(record["embedding"], ml_dtypes.bfloat16)
                 return embedding.reshape(-1, record["width"]).astype(np.float32)
         shown = caption if len(caption) <= 60 else caption[:60] + "..."
-        raise ValueError(f"{self._folder}: no embedding of the caption {shown!r}")
+        raise ValueError(f"{self.folder}: no embedding of the caption {shown!r}")
 
 
 def _key(caption):
-    return np.uint64(int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "little"))
+    # A caption out of a JSON file may hold half a character, which UTF-8 refuses.
+    data = caption.encode("utf-8", "surrogatepass")
+    return np.uint64(int.from_bytes(hashlib.sha256(data).digest()[:8], "little"))
