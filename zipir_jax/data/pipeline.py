@@ -71,18 +71,18 @@ def image_item(
     source: Source,
     text: TextEmbeddings | None,
 ) -> dict:
-    """{"image", "lq"?, "text"?, "text_lengths"?, "unreadable"} for the image at a position of the bucket.
+    """{"image", "lq"?, "text"?, "text_lengths"?, "index", "unreadable"} for the image at a position of the bucket.
 
     An image whose caption has no embedding counts as unreadable: some that were added later should not end a run, and
     each is named; where it is all of them, READ_TRIES ends the run at once.
     """
 
     def read(index):
-        return None if text is None else text[source.caption(index)], source[index]
+        return index, None if text is None else text[source.caption(index)], source[index]
 
-    (embedding, image), unreadable = read_item(read, bucket.images, position)
+    (index, embedding, image), unreadable = read_item(read, bucket.images, position)
     crop = random_crop(image, bucket.height, bucket.width, config, rng)
-    item = {"image": crop, "unreadable": np.array(unreadable)}
+    item = {"image": crop, "index": np.int64(index), "unreadable": np.array(unreadable)}
     if degradation is not None:
         item["lq"] = degrade_item(crop, degradation, int(rng.integers(2**63)))
     if text is not None:
@@ -157,12 +157,13 @@ class Batches(Iterator):
     """Endless iterator over batches, dicts of arrays [b, ...]; what `batches` returns.
 
     buckets     the buckets that the batches come from
+    indices     where in the source the last batch's images are, int64 [b]; None for cached latents
     unreadable  a sentence for each item that could not be read so far, once each; others stood in for them
     The state that is saved and restored is the number of batches that were taken, and what they were taken from.
     """
 
     def __init__(self, dataset: grain.MapDataset, buckets: list[Bucket], config: DataConfig, contents: str):
-        self.buckets, self.unreadable = buckets, []
+        self.buckets, self.indices, self.unreadable = buckets, None, []
         self._dataset, self._config, self._contents = dataset, config, contents
         self._taken, self._named = 0, set()
         self._iterators = []  # Grain's, once it is needed
@@ -183,6 +184,7 @@ class Batches(Iterator):
                 ) from error
             raise
         self._taken += 1
+        self.indices = batch.pop("index", None)
         for line in "\n".join(batch.pop("unreadable")).split("\n"):
             if line and line not in self._named:
                 self._named.add(line)

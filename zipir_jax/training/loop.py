@@ -131,7 +131,7 @@ def train(config: TrainConfig, resume: str = "") -> Path:
         return wish
 
     closing = contextlib.closing(log) if log else contextlib.nullcontext()
-    with closing, bar, delayed_signals() as received:
+    with closing, contextlib.closing(data), bar, delayed_signals() as received:
         while step < config.steps and not stop:
             began = time.monotonic()
             if step == config.profile[0] < config.profile[1]:
@@ -277,22 +277,23 @@ def training_batches(config: TrainConfig, source, text: TextEmbeddings | None, m
 
 def statistics_images(config: TrainConfig, source: Source) -> Iterator[np.ndarray]:
     """Batches of clean crops, at least `statistics_images` of them; the same on every process."""
-    small = dataclasses.replace(config.data, batch_size=STATISTICS_BATCH, batch_tokens=0)
+    data = dataclasses.replace(config.data, batch_size=STATISTICS_BATCH, batch_tokens=0, workers=0)
     count = -(-config.statistics_images // STATISTICS_BATCH)
-    return (batch["image"] for batch in itertools.islice(batches(small, source, config.seed + 1), count))
+    return (batch["image"] for batch in itertools.islice(batches(data, source, config.seed + 1), count))
 
 
 def preview_images(config: TrainConfig, source, text: TextEmbeddings | None) -> dict[str, np.ndarray]:
     """A batch of PREVIEW_IMAGES crops of the smallest resolution; the same on every process."""
-    small = dataclasses.replace(
+    data = dataclasses.replace(
         config.data,
         batch_size=PREVIEW_IMAGES,
         batch_tokens=0,
+        workers=0,
         resolutions=(min(config.data.resolutions),),
         resolution_weights=(),
     )
     degradation = config.degradation if STAGES[config.stage].DEGRADED else None
-    return next(batches(small, source, config.seed + 2, degradation, text))
+    return next(batches(data, source, config.seed + 2, degradation, text))
 
 
 def whole_weights(config: TrainConfig, before: dict, ema: dict, source) -> dict:
