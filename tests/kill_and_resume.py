@@ -37,6 +37,7 @@ OVERRIDES = {
     "resume": "auto",
     "steps": STEPS,
     "statistics-images": 8,
+    "sample-every": 0,
     "data.aspect-ratios": 1,
     "data.batch-size": 4,
     "data.batch-tokens": 0,

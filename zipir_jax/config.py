@@ -690,7 +690,7 @@ class TrainConfig:
     checkpoint_minutes: float = 10.0
     keep_last: int = 2  # checkpoints
     keep_every: int = 0  # steps between checkpoints that are kept for good; 0 = none
-    sample_every: int = 1000  # steps between sample grids
+    sample_every: int = 1000  # steps between sample grids; 0 = none
     profile: tuple[int, int] = (0, 0)  # steps [first, end) that the profiler records, see `output`/profile
     statistics_images: int = 512  # from which the macro and latent statistics are measured
     noise_draws: int = 1  # dit: timesteps and noises per encoded image; more make one encoding go further
@@ -708,7 +708,7 @@ class TrainConfig:
         _check_at_least("keep_last", self.keep_last, 1)
         _check_at_least("keep_every", self.keep_every, 0)
         _check_range("profile", self.profile, 0)
-        _check_at_least("sample_every", self.sample_every, 1)
+        _check_at_least("sample_every", self.sample_every, 0)
         _check_at_least("statistics_images", self.statistics_images, 1)
         _check_at_least("noise_draws", self.noise_draws, 1)
         _check_range("decoder_noise", self.decoder_noise, 0, 1)

@@ -33,8 +33,10 @@ def run_all_stages(folder):
     return {stage: straight(stage, folder, 1) for stage in CONFIGS}
 
 
-@each_stage
-@pytest.mark.parametrize("processes", [1, 2])
+# tests/kill_and_resume.py does so for all stages in two processes, and within saves.
+@pytest.mark.parametrize(
+    ("stage", "processes"), [*((stage, 1) for stage in CONFIGS), ("coarse", 2), ("dit", 2)]
+)
 def test_a_killed_run_ends_bit_for_bit_where_another_does(folder, results, stage, processes):
     expected = results[stage] if processes == 1 else straight(stage, folder, processes)
     assert differences(killed_after_three(stage, folder, processes), expected) == []

@@ -107,7 +107,8 @@ def train(config: TrainConfig, resume: str = "") -> Path:
         if first_process:
             shape = f"{bucket.batch_size} crops of {bucket.width} x {bucket.height}"
             print(f"compiled: {shape}, {time.monotonic() - began:.1f} s", file=sys.stderr)
-    preview_batch = parallel.put(preview_images(config, source, text), parallel.replicated(mesh))
+    if config.sample_every:
+        preview_batch = parallel.put(preview_images(config, source, text), parallel.replicated(mesh))
     preview = jax.jit(functools.partial(stage.preview, config), out_shardings=parallel.replicated(mesh))
 
     # -- loop --------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def train(config: TrainConfig, resume: str = "") -> Path:
                     log.write()
                 checkpoint.save(checkpoints, step, state, data, run, config)
                 saved_at, asked, stop = time.monotonic(), False, wish >= STOP
-            if step % config.sample_every == 0 or step == config.steps:
+            if config.sample_every and (step % config.sample_every == 0 or step == config.steps):
                 columns = jax.device_get(preview(state["ema"], read_only, preview_batch, keys[1]))
                 if log:
                     picture = grid(columns)
