@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax import P
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from zipir_jax.config import MeshConfig
 
@@ -108,7 +108,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(axes))
 
 
-def parameter_spec(mesh: Mesh, path: str, shape: tuple[int, ...]) -> P:
+def parameter_spec(mesh: AbstractMesh | Mesh, path: str, shape: tuple[int, ...]) -> P:
     """How a parameter, or a moment of it, is divided.
 
     A dimension that its mesh axis does not divide stays whole. Raises ValueError for a parameter of a million elements
@@ -126,7 +126,7 @@ def parameter_spec(mesh: Mesh, path: str, shape: tuple[int, ...]) -> P:
     return P()
 
 
-def parameter_shardings(mesh: Mesh, tree):
+def parameter_shardings(mesh: AbstractMesh | Mesh, tree):
     """A `NamedSharding` for each leaf of a tree of parameters, or of training state, by its path."""
 
     def sharding(path, leaf):
@@ -136,12 +136,14 @@ def parameter_shardings(mesh: Mesh, tree):
     return jax.tree.map_with_path(sharding, tree)
 
 
-def divides_height(mesh: Mesh, height: int) -> bool:
+def divides_height(mesh: AbstractMesh | Mesh, height: int) -> bool:
     """Whether images of this height are divided by it; otherwise each device of the tensor axis has them whole."""
     return height % (mesh.shape["tensor"] * SMALLEST_ROWS) == 0
 
 
-def batch_shardings(mesh: Mesh, shapes: dict[str, tuple[int, ...]]) -> dict[str, NamedSharding]:
+def batch_shardings(
+    mesh: AbstractMesh | Mesh, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, NamedSharding]:
     """A `NamedSharding` for each array of a batch, by its name and shape."""
 
     def sharding(name, shape):

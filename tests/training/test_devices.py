@@ -83,3 +83,17 @@ def test_a_run_goes_on_on_another_mesh_and_in_more_processes(folder, stage):
         assert len(curves[-1]) == 6
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
     np.testing.assert_allclose(curves[2], curves[0], rtol=1e-5)
+
+
+@pytest.mark.usefixtures("results")
+@pytest.mark.parametrize("stage", ["coarse", "dit"])
+def test_the_loss_does_not_depend_on_what_the_tensor_axis_divides(folder, stage):
+    """The height of images where the LP-VAE learns, heads and hidden channels in the DiT."""
+    curves = []
+    for name, mesh in (("whole", ("1", "1")), ("divided", ("2", "2"))):
+        output = folder / f"{stage}_{name}"
+        options = "--keep-every", "1", "--mesh.data", mesh[0], "--mesh.tensor", mesh[1]
+        devices = int(mesh[0]) * int(mesh[1])
+        finish(start(stage, folder, output, 1, *options, devices=devices), output)
+        curves.append(losses(output))
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
