@@ -63,13 +63,13 @@ def make_config(tiny_model, photos):
         config = TrainConfig(
             stage=stage,
             model=model,
-            data=DataConfig(folder=str(photos), crop=CROPS[stage], batch_size=2, threads=2),
+            data=DataConfig(sources=(str(photos),), resolutions=(CROPS[stage],), batch_size=2, threads=2),
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
             loss=LossConfig(lpips_net="alexnet"),
             discriminator=DiscriminatorConfig(base_channels=4, layers=1, compute_dtype="float32"),
             steps=4,
             ema_decay=0.5,
-            checkpoint_minutes=0.0,
+            checkpoint_minutes=60.0,
             sample_every=100,
             statistics_images=6,
         )
@@ -81,7 +81,10 @@ def make_config(tiny_model, photos):
 @pytest.fixture(scope="module")
 def quick_lpips():
     """A distance that compiles at once in place of LPIPS; tests/training/test_coarse.py trains with the real one."""
-    stand_in = {"factor": 1.5}, lambda params, a, b: params["factor"] * ((a - b) ** 2).mean((1, 2, 3))
+    stand_in = (
+        {"factor": np.float32(1.5)},
+        lambda params, a, b: params["factor"] * ((a - b) ** 2).mean((1, 2, 3)),
+    )
     with pytest.MonkeyPatch.context() as patch:
         for module in ("loop", "losses"):
             patch.setattr(f"zipir_jax.training.{module}.load_lpips", lambda net: stand_in)
