@@ -1,12 +1,14 @@
 """What the tests of the training share: a folder of photographs, and the config of a run that takes seconds."""
 
 import dataclasses
+import struct
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
 
 from zipir_jax.config import (
     AutoencoderConfig,
@@ -89,3 +91,21 @@ def quick_lpips():
         for module in ("loop", "losses"):
             patch.setattr(f"zipir_jax.training.{module}.load_lpips", lambda net: stand_in)
         yield
+
+
+@pytest.fixture(scope="session")
+def tensorboard_events():
+    """`tensorboard_events(folder)`: all events that a run's log wrote for TensorBoard, in their order."""
+
+    def events(folder):
+        """All records of all event files: length (8 bytes), its checksum (4), the event, its checksum (4)."""
+        found = []
+        for path in sorted((folder / "tensorboard").iterdir(), key=lambda path: path.suffix):
+            data = path.read_bytes()
+            while data:
+                (length,) = struct.unpack("<Q", data[:8])
+                found.append(Event.FromString(data[12 : 12 + length]))
+                data = data[16 + length :]
+        return found
+
+    return events
