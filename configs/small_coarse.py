@@ -1,6 +1,6 @@
 """Small model, stage 1 of 4: E_c and D_c.
 
-python -m zipir_jax.train --config configs/small_coarse.py --data.folder PHOTOS
+python -m zipir_jax.train --config configs/small_coarse.py --data.sources PHOTOS
 
 Two CPU cores: 600 steps in 6 minutes, to an L1 of 0.125 on [-1, 1] and an LPIPS of 0.44.
 """
@@ -13,7 +13,9 @@ def config() -> TrainConfig:
         stage="coarse",
         model=MODELS["small"],
         output="runs/small/coarse",
-        data=DataConfig(crop=256, batch_size=16, zoom=(0.4, 1.0), rotate=True, threads=2, cache_gib=2.0),
+        data=DataConfig(
+            resolutions=(256,), batch_size=16, zoom=(0.4, 1.0), rotate=True, threads=2, cache_gib=2.0
+        ),
         optimizer=OptimizerConfig(
             learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=100, weight_decay=0.01, beta2=0.99
         ),

@@ -1,6 +1,6 @@
 """Small model, stage 3 of 4: the DiT, on the frozen LP-VAE's latents.
 
-python -m zipir_jax.train --config configs/small_dit.py --data.folder PHOTOS
+python -m zipir_jax.train --config configs/small_dit.py --data.sources PHOTOS
 
 Two CPU cores: 900 steps in 16 minutes, to a loss of 0.33.
 """
@@ -14,7 +14,9 @@ def config() -> TrainConfig:
         model=MODELS["small"],
         output="runs/small/dit",
         init_from="runs/small/fine/weights",
-        data=DataConfig(crop=512, batch_size=4, zoom=(0.4, 1.0), rotate=True, threads=2, cache_gib=2.0),
+        data=DataConfig(
+            resolutions=(512,), batch_size=4, zoom=(0.4, 1.0), rotate=True, threads=2, cache_gib=2.0
+        ),
         degradation=DegradationConfig(task_probability=0.7, tasks=("sr8", "sr16", "mixture", "mixture")),
         optimizer=OptimizerConfig(
             learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=100, weight_decay=0.01, beta2=0.99

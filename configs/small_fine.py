@@ -1,6 +1,6 @@
 """Small model, stage 2 of 4: E_f and D_f, with E_c frozen.
 
-python -m zipir_jax.train --config configs/small_fine.py --data.folder PHOTOS
+python -m zipir_jax.train --config configs/small_fine.py --data.sources PHOTOS
 
 Two CPU cores: 1500 steps in 19 minutes, to an L1 of 0.14 on [-1, 1] and an LPIPS of 0.49.
 """
@@ -14,7 +14,9 @@ def config() -> TrainConfig:
         model=MODELS["small"],
         output="runs/small/fine",
         init_from="runs/small/coarse/weights",
-        data=DataConfig(crop=128, batch_size=16, zoom=(0.4, 1.0), rotate=True, threads=2, cache_gib=2.0),
+        data=DataConfig(
+            resolutions=(128,), batch_size=16, zoom=(0.4, 1.0), rotate=True, threads=2, cache_gib=2.0
+        ),
         optimizer=OptimizerConfig(
             learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=100, weight_decay=0.01, beta2=0.99
         ),

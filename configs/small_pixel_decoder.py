@@ -1,6 +1,6 @@
 """Small model, stage 4 of 4: the pixel-aware decoder, on latents that the DiT predicts.
 
-python -m zipir_jax.train --config configs/small_pixel_decoder.py --data.folder PHOTOS
+python -m zipir_jax.train --config configs/small_pixel_decoder.py --data.sources PHOTOS
 
 Two CPU cores: 4200 steps in 62 minutes, to an L1 of 0.14 on [-1, 1] and an LPIPS of 0.50.
 """
@@ -14,7 +14,9 @@ def config() -> TrainConfig:
         model=MODELS["small"],
         output="runs/small/pixel_decoder",
         init_from="runs/small/dit/weights",
-        data=DataConfig(crop=256, batch_size=4, zoom=(0.5, 1.0), rotate=True, threads=2, cache_gib=2.0),
+        data=DataConfig(
+            resolutions=(256,), batch_size=4, zoom=(0.5, 1.0), rotate=True, threads=2, cache_gib=2.0
+        ),
         # The mixture is the hardest to learn: noise of sigma 40, and each of its pixels becomes 8 x 8.
         degradation=DegradationConfig(task_probability=0.7, tasks=("sr8", "sr16", "mixture", "mixture")),
         optimizer=OptimizerConfig(

@@ -6,6 +6,7 @@ import io
 import os
 import platform
 import re
+import runpy
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from pathlib import Path
 import tyro
 from platformdirs import user_cache_dir
 
+from zipir_jax.config import TrainConfig
 from zipir_jax.imageio import raise_pixel_limit
 
 
@@ -63,6 +65,25 @@ def _deferred(function):
         return functools.partial(function, *args, **kwargs)
 
     return bind
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """What `config()` in a Python file returns.
+
+    Raises ValueError, with the path, if there is no such file or function, if either fails, or for another result.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such config")
+    try:
+        function = runpy.run_path(path).get("config")
+        config = function() if callable(function) else None
+    except Exception as error:  # the file is a program: anything can happen in it
+        raise ValueError(f"{path}: the config file fails with {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise ValueError(f"{path}: a config file needs a function named config")
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"{path}: config() returns {type(config).__name__}, not a TrainConfig")
+    return config
 
 
 def cache_compiled_programs() -> None:

@@ -499,6 +499,33 @@ MODELS = {
         # After a few hundred steps, predicting eps leaves no more than a noise of colours at the start of sampling.
         diffusion=DiffusionConfig(prediction="v"),
     ),
+    # To try every stage on two CPU cores within minutes; it restores nothing well.
+    "tiny": ModelConfig(
+        lp_vae=LPVAEConfig(
+            coarse=AutoencoderConfig(
+                latent_channels=9,
+                decoder_channels=12,
+                base_channels=16,
+                multipliers=(1, 2, 2),
+                blocks_per_scale=1,
+                patch=2,
+                unfold=True,
+                compute_dtype="float32",
+            ),
+            fine=AutoencoderConfig(
+                latent_channels=52,
+                decoder_channels=64,
+                base_channels=16,
+                multipliers=(2, 3, 4, 4),
+                blocks_per_scale=1,
+                patch=4,
+                unfold=True,
+                compute_dtype="float32",
+            ),
+        ),
+        dit=DiTConfig(layers=3, width=96, heads=4, text_width=0, compute_dtype="float32"),
+        diffusion=DiffusionConfig(prediction="v"),
+    ),
 }
 
 
@@ -573,20 +600,22 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh (see parallel.py); their product is the number of devices.
+    """Devices along each axis of the mesh (see parallel.py); 0 = all that the others leave, for one of data and fsdp.
 
     The batch is divided over data x fsdp, the DiT's parameters and optimizer state over fsdp and tensor, the height of
     the images that the LP-VAE reads over tensor.
     """
 
-    data: int = 0  # 0 = all devices that the other two leave
+    data: int = 0
     fsdp: int = 1
     tensor: int = 1
 
     def __post_init__(self):
         _check_at_least("data", self.data, 0)
-        _check_at_least("fsdp", self.fsdp, 1)
+        _check_at_least("fsdp", self.fsdp, 0)
         _check_at_least("tensor", self.tensor, 1)
+        if self.data == self.fsdp == 0:
+            raise ValueError("data and fsdp are both 0; only one of them can be all devices that are left.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,8 +28,7 @@ PARAMETER_AXES = (
     (r"(timestep_in|embed_noisy|embed_lq)\.kernel$", (None, "embed")),
     (r"(timestep_out|final_modulation)\.kernel$", ("embed", "hidden")),
     (r"head\.kernel$", ("embed", None)),
-    # Convolutions stay whole: the LP-VAE is small beside its images. Divided by channels, while the images are by height,
-    # XLA's partitioner (jax 0.10.2) gets their gradients wrong.
+    # Convolutions stay whole: the LP-VAE's parameters are few beside its images.
     (r"kernel$", (None, None, None, None)),
 )
 
@@ -78,17 +77,18 @@ def start() -> None:
 def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh of all devices. Raises ValueError, with the numbers, if they do not make one."""
     devices, local = jax.device_count(), jax.local_device_count()
-    data = config.data or devices // (config.fsdp * config.tensor)
-    if data * config.fsdp * config.tensor != devices:
+    left = devices // (max(config.data, 1) * max(config.fsdp, 1) * config.tensor)
+    data, fsdp = config.data or left, config.fsdp or left
+    if data * fsdp * config.tensor != devices:
         raise ValueError(
-            f"a mesh of data {config.data or 'any'} x fsdp {config.fsdp} x tensor {config.tensor} does not "
+            f"a mesh of data {config.data or 'any'} x fsdp {config.fsdp or 'any'} x tensor {config.tensor} does not "
             f"make up {devices} devices"
         )
     if local % config.tensor:
         raise ValueError(
             f"mesh.tensor {config.tensor} does not divide the {local} devices of a process, which share its images"
         )
-    shape = (data, config.fsdp, config.tensor)
+    shape = (data, fsdp, config.tensor)
     return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 

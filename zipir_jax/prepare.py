@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -74,39 +75,129 @@ def index(
     print(write_index(input, output, rules, os.cpu_count() if workers is None else workers), end="")
 
 
-def export(weights: Path, output: Path) -> None:
-    """Write what restoring needs of a training run's weights, in bfloat16.
+def export(
+    weights: Path,
+    output: Path,
+    step: int | None = None,
+    file_format: Literal["safetensors", "orbax"] = "safetensors",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+) -> None:
+    """Write what restoring needs of a training run's weights.
 
     Args:
-        weights: folder of weights, as training leaves them
+        weights: folder of weights, or of a run, whose newest checkpoint counts, while it goes on or after it was killed
         output: folder to write, another one
+        step: of a run's checkpoint, in place of the newest
+        file_format: one file, or Orbax's folder of many, which many hosts read at once
+        dtype: of the parameters; statistics stay float32
     """
     if weights.exists() and output.exists() and output.samefile(weights):
         raise ValueError(
             f"{output}: the export would replace the weights that it is made of; choose another output."
         )
-    import jax.numpy as jnp  # takes seconds, and preview does not need it
-    from jax import tree
+    import ml_dtypes
+    from jax import tree  # takes seconds, and preview does not need it
 
     from zipir_jax.restorer import NEEDED
-    from zipir_jax.weights import load_weights, save_weights
+    from zipir_jax.training.export import run_weights
+    from zipir_jax.weights import FILES, check_groups, load_weights, save_weights
 
-    config, groups = load_weights(weights, NEEDED)
+    if (weights / "checkpoints").is_dir():
+        config, groups = run_weights(weights, step)
+        check_groups(weights, groups, NEEDED)
+    elif step is not None:
+        raise ValueError(f"{weights}: no run here, and step {step} names a run's checkpoint")
+    else:
+        config, groups = load_weights(weights, NEEDED)
+    narrow = ml_dtypes.bfloat16 if dtype == "bfloat16" else "float32"
     groups = {
         # Statistics are 134 numbers that scale everything: they stay float32.
-        name: groups[name]
-        if name == "statistics"
-        else tree.map(lambda x: x.astype(jnp.bfloat16), groups[name])
+        name: groups[name] if name == "statistics" else tree.map(lambda x: x.astype(narrow), groups[name])
         for name in NEEDED
     }
-    save_weights(output, config, groups)
-    print(f"{output}: {(output / 'model.safetensors').stat().st_size / 2**20:.2f} MiB")
+    save_weights(output, config, groups, file_format)
+    path = output / FILES[file_format]
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    print(f"{output}: {sum(file.stat().st_size for file in files) / 2**20:.2f} MiB")
+
+
+def statistics(
+    sources: tuple[str, ...],
+    output: Path,
+    weights: Path | None = None,
+    model: str = "paper",
+    resolution: int = 512,
+    images: int = 512,
+    seed: int = 0,
+) -> None:
+    """Measure the mean and deviation of the macro band or, with weights that have encoders, of the whole latent.
+
+    Training does so by itself. The macro band's are those that the coarse stage starts from (--init-from OUTPUT); E_c
+    was trained with those that its weights hold, so these are kept. The latent's are those that the DiT works with.
+
+    Args:
+        sources: as data.sources of the training
+        output: folder of weights to write; with the same folder as weights, these are replaced
+        weights: an LP-VAE, whose latent is measured
+        model: preset that the macro band's statistics are written for, where there are no weights
+        resolution: pixels, side of the crops that are measured
+        images: how many of them
+        seed: of their choice
+    """
+    from zipir_jax.config import MODELS, DataConfig, TrainConfig
+    from zipir_jax.data.sources import open_sources
+    from zipir_jax.training.loop import statistics_images
+    from zipir_jax.training.statistics import latent_statistics, macro_statistics
+    from zipir_jax.weights import load_weights, save_weights
+
+    if model not in MODELS:
+        raise ValueError(f"model {model!r} is not one of {', '.join(MODELS)}")
+    data = DataConfig(sources=sources, resolutions=(resolution,))
+    config = TrainConfig(data=data, statistics_images=images, seed=seed)
+    source = open_sources(sources)
+    if weights is None:
+        model_config, groups = (
+            MODELS[model],
+            {"statistics": macro_statistics(statistics_images(config, source))},
+        )
+    else:
+        model_config, groups = load_weights(weights, ("statistics", "coarse_encoder", "fine_encoder"))
+        measured = latent_statistics(model_config.lp_vae, groups, statistics_images(config, source))
+        groups["statistics"] = groups["statistics"] | measured
+    save_weights(output, model_config, groups)
+    for name, values in groups["statistics"].items():
+        print(f"{name}: {np.array2string(values, precision=3, max_line_width=10**6)}")
+
+
+def latents(config: Path, sources: tuple[str, ...], output: Path, batches: int, init_from: str = "") -> None:
+    """Encode crops and their degraded partners for a DiT that is trained without the LP-VAE (--data.latents OUTPUT).
+
+    Args:
+        config: config file of the DiT's training, which says how images are cut and degraded, and with which weights
+        sources: of the images, in place of the config's
+        output: folder to write
+        batches: how many of the config's batches
+        init_from: weights, in place of the config's
+    """
+    import dataclasses
+
+    from zipir_jax.command_line import cache_compiled_programs, load_config
+    from zipir_jax.training.cache import cache_latents
+
+    cache_compiled_programs()
+    loaded = load_config(config)
+    data = dataclasses.replace(loaded.data, sources=sources, latents="", text="")
+    loaded = dataclasses.replace(loaded, data=data, init_from=init_from or loaded.init_from)
+    count = cache_latents(loaded, output, batches)
+    print(f"{output}: latents of {count} crops")
 
 
 COMMANDS = {
     "preview": preview,
     "index": index,
     "export": export,
+    "statistics": statistics,
+    "latents": latents,
 }
 
 

@@ -4,33 +4,12 @@ A config is a Python file with a function `config() -> TrainConfig`. Every field
 """
 
 import argparse
-import runpy
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from zipir_jax.command_line import cache_compiled_programs, parse, run
+from zipir_jax.command_line import cache_compiled_programs, load_config, parse, run
 from zipir_jax.config import TrainConfig
-
-
-def load_config(path: str) -> TrainConfig:
-    """What `config()` in a Python file returns.
-
-    Raises ValueError, with the path, if there is no such file or function, if either fails, or for another result.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such config")
-    try:
-        function = runpy.run_path(path).get("config")
-        config = function() if callable(function) else None
-    except Exception as error:  # the file is a program: anything can happen in it
-        raise ValueError(f"{path}: the config file fails with {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise ValueError(f"{path}: a config file needs a function named config")
-    if not isinstance(config, TrainConfig):
-        raise ValueError(f"{path}: config() returns {type(config).__name__}, not a TrainConfig")
-    return config
 
 
 def main(arguments: list[str]) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
@@ -49,6 +50,16 @@ def manager(config: TrainConfig) -> ocp.CheckpointManager:
         max_to_keep=config.keep_last, keep_period=config.keep_every or None, create=True
     )
     return ocp.CheckpointManager((Path(config.output) / "checkpoints").absolute(), options=options)
+
+
+def reader(run: Path) -> ocp.CheckpointManager:
+    """The checkpoints of a run's folder, to read alone. Raises ValueError if it has none."""
+    folder = Path(run) / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(f"{run}: no run here (checkpoints is missing)")
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(create=False)
+    return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
 
 def find(checkpoints: ocp.CheckpointManager, resume: str) -> int | None:
@@ -92,6 +103,12 @@ def digest(weights: dict) -> str:
     return hashed.hexdigest()[:16]
 
 
+def encoder_digest(weights: dict) -> str:
+    """The `digest` of what a latent depends on."""
+    macro = {name: weights["statistics"][name] for name in ("macro_mean", "macro_std")}
+    return digest({"macro": macro} | {name: weights[name] for name in ("coarse_encoder", "fine_encoder")})
+
+
 def save(
     checkpoints: ocp.CheckpointManager, step: int, state: dict, data: Batches, run: dict, config: TrainConfig
 ) -> None:
@@ -122,6 +139,13 @@ def check_same_run(checkpoints: ocp.CheckpointManager, step: int, run: dict) -> 
                 f"{checkpoints.directory}: the checkpoint of step {step} was written with "
                 f"{name} = {saved.get(name)}, not {current.get(name)}; use another output folder"
             )
+
+
+def restore_ema(checkpoints: ocp.CheckpointManager, step: int, abstract_ema: dict) -> dict:
+    """The average alone, as numpy arrays, from a `reader`."""
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), {"ema": abstract_ema})
+    part = ocp.args.PyTreeRestore({"ema": abstract_ema}, restore_args=arguments, partial_restore=True)
+    return checkpoints.restore(step, args=ocp.args.Composite(state=part))["state"]["ema"]
 
 
 def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state: dict, data: Batches) -> dict:

@@ -67,11 +67,12 @@ def train(config: TrainConfig, resume: str = "") -> Path:
             print(line, file=sys.stderr)
 
     # -- state -------------------------------------------------------------------------------------
-    needed = stage.needs(config)
-    start_from = {group: pretrained[group] for group in pretrained if group in (*needed, *stage.MAKES)}
+    start_from = starting_groups(config, pretrained, source)
+    if config.data.latents and source.encoder != checkpoint.encoder_digest(start_from):
+        raise ValueError(
+            f"{config.data.latents}: other encoders made these latents than {config.init_from} holds"
+        )
     run = checkpoint.fingerprint(config, start_from)
-    if "statistics" not in start_from:  # the first stage: mu and sigma of z_macro
-        start_from["statistics"] = macro_statistics(statistics_images(config, source))
     keys = jax.random.split(jax.random.key(config.seed))
     create = functools.partial(create_state, config)
     abstract = jax.eval_shape(create, keys[0], start_from)
@@ -85,7 +86,7 @@ def train(config: TrainConfig, resume: str = "") -> Path:
         if resumed > config.steps:
             raise ValueError(f"{output}: the checkpoint of step {resumed} is beyond steps {config.steps}")
         state = checkpoint.restore(checkpoints, resumed, abstract, data)
-    frozen = {group: start_from[group] for group in {"statistics", *needed}}
+    frozen = {group: start_from[group] for group in {"statistics", *stage.needs(config)}}
     read_only = (
         frozen
         if config.stage == "dit"
@@ -235,6 +236,17 @@ def _meaning(part: LPVAEConfig | DiTConfig | DiffusionConfig) -> dict:
     free = {"attention", "remat", "compute_dtype", "logit_normal_mean", "logit_normal_std"}
     fields = flatten_dict(dataclasses.asdict(part))
     return {path: value for path, value in fields.items() if path[-1] not in free}
+
+
+def starting_groups(config: TrainConfig, pretrained: dict, source) -> dict:
+    """What a stage makes its state of: groups that it reads or goes on from, and "statistics", measured if need be."""
+    stage = STAGES[config.stage]
+    groups = {
+        name: group for name, group in pretrained.items() if name in (*stage.needs(config), *stage.MAKES)
+    }
+    if "statistics" not in groups:  # the first stage: mu and sigma of z_macro
+        groups["statistics"] = macro_statistics(statistics_images(config, source))
+    return groups
 
 
 def open_data(config: TrainConfig) -> tuple[Source | CachedLatents, TextEmbeddings | None]:

@@ -1,8 +1,8 @@
-"""Weights on disk: a folder with `config.json` (the ModelConfig) and `model.safetensors`.
+"""Weights on disk: a folder with `config.json` (the ModelConfig) and `model.safetensors`, or `params`, by Orbax.
 
-A tensor's name is its path in the nested dict, joined by dots: `fine_encoder.blocks.0.conv1.kernel`. The first part is
-the group that one stage of training makes: statistics, coarse_encoder, coarse_decoder, fine_encoder, fine_decoder,
-dit, pixel_decoder.
+Orbax keeps large weights in many files, which many hosts read and write at once. In `model.safetensors` a tensor's name
+is its path in the nested dict, joined by dots: `fine_encoder.blocks.0.conv1.kernel`. The first part is the group that
+one stage of training makes: statistics, coarse_encoder, coarse_decoder, fine_encoder, fine_decoder, dit, pixel_decoder.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 -- with it numpy, and so safetensors, knows bfloat16
 import numpy as np
+import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
@@ -26,6 +27,7 @@ from zipir_jax.models.lp_vae import MACRO_CHANNELS, Decoder, Encoder
 from zipir_jax.models.pixel_decoder import PixelDecoder
 
 DEFAULT = Path(__file__).parent / "default"
+FILES = {"safetensors": "model.safetensors", "orbax": "params"}  # format -> what holds the tensors
 
 
 def abstract_weights(config: ModelConfig) -> dict:
@@ -44,14 +46,31 @@ def abstract_weights(config: ModelConfig) -> dict:
     }
 
 
-def save_weights(folder: Path, config: ModelConfig, weights: dict) -> None:
-    """Write a config and its weights; dtypes are kept. A reader finds the old files or the new, never half of one."""
+def save_weights(folder: Path, config: ModelConfig, weights: dict, file_format: str = "safetensors") -> None:
+    """Write a config and its weights as "safetensors" or "orbax"; dtypes are kept.
+
+    A reader finds the old files or the new, never half of one. Raises ValueError for another format, and for one where
+    the folder holds the other.
+    """
     folder = Path(folder)
+    if file_format not in FILES:
+        raise ValueError(f"file format {file_format!r} is not one of {', '.join(FILES)}")
+    for other, name in FILES.items():
+        if other != file_format and (folder / name).exists():
+            raise ValueError(f"{folder} holds {name}: weights in the format {other}; choose another folder")
+    if file_format == "orbax":
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save((folder / FILES["orbax"]).absolute(), weights, force=True)
+    else:
+        _save_safetensors(folder, weights)
+    with replacing(folder / "config.json") as file:
+        file.write((json.dumps(dataclasses.asdict(config), indent=2) + "\n").encode())
+
+
+def _save_safetensors(folder, weights):
     tensors = {".".join(path): np.asarray(leaf) for path, leaf in flatten_dict(weights).items()}
     with replacing(folder / "model.safetensors") as file:
         file.write(save(tensors))  # `save_file` would let nobody but the owner read it
-    with replacing(folder / "config.json") as file:
-        file.write((json.dumps(dataclasses.asdict(config), indent=2) + "\n").encode())
 
 
 def load_weights(folder: Path | str, needed: tuple[str, ...]) -> tuple[ModelConfig, dict]:
@@ -61,23 +80,24 @@ def load_weights(folder: Path | str, needed: tuple[str, ...]) -> tuple[ModelConf
     config's.
     """
     folder = DEFAULT if folder == "default" else Path(folder)
-    for file in ("config.json", "model.safetensors"):
-        if not (folder / file).is_file():
-            raise ValueError(f"{folder}: no weights here ({file} is missing)")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no weights here (config.json is missing)")
+    if not any((folder / name).exists() for name in FILES.values()):
+        raise ValueError(f"{folder}: no weights here ({' or '.join(FILES.values())} is missing)")
     try:
         config = dacite.from_dict(
             ModelConfig,
             json.loads((folder / "config.json").read_text()),
             dacite.Config(cast=[tuple], strict=True),
         )
-        tensors = load_file(folder / "model.safetensors")
+        loaded = (
+            _load_safetensors(folder) if (folder / FILES["safetensors"]).exists() else _load_orbax(folder)
+        )
     except (ValueError, TypeError, AttributeError, dacite.DaciteError, SafetensorError, OSError) as error:
         raise ValueError(f"{folder}: the weights cannot be read ({error})") from None
-    loaded = unflatten_dict({tuple(name.split(".")): t.astype(np.float32) for name, t in tensors.items()})
+    loaded = jax.tree.map(lambda tensor: np.asarray(tensor, np.float32), loaded)
     expected = abstract_weights(config)
-    for group in needed:
-        if group not in loaded:
-            raise ValueError(f"{folder}: the weights have no {group}; they hold {', '.join(sorted(loaded))}")
+    check_groups(folder, loaded, needed)
     for group, tree in loaded.items():
         if group not in expected:
             raise ValueError(f"{folder}: unknown group {group}; a model has {', '.join(expected)}")
@@ -86,3 +106,24 @@ def load_weights(folder: Path | str, needed: tuple[str, ...]) -> tuple[ModelConf
             wanted = {name: s for name, s in wanted.items() if name in tree or not name.startswith("latent_")}
         check_shapes(f"{folder}: {group}", tree, wanted)
     return config, loaded
+
+
+def check_groups(folder: Path, weights: dict, needed: tuple[str, ...]) -> None:
+    """Raises ValueError naming the first needed group that weights, of a folder, do not have."""
+    for group in needed:
+        if group not in weights:
+            raise ValueError(f"{folder}: the weights have no {group}; they hold {', '.join(sorted(weights))}")
+
+
+def _load_safetensors(folder):
+    tensors = load_file(folder / FILES["safetensors"])
+    return unflatten_dict({tuple(name.split(".")): tensor for name, tensor in tensors.items()})
+
+
+def _load_orbax(folder):
+    path = (folder / FILES["orbax"]).absolute()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        # As numpy arrays: the devices that wrote them may not be here.
+        tree = checkpointer.metadata(path).item_metadata.tree
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(path, restore_args=arguments)

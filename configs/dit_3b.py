@@ -1,0 +1,30 @@
+"""The paper's DiT of 3.1 billion parameters, with text (paper section 4, supplement A: batch 128, 250K steps).
+
+python -m zipir_jax.train --config configs/dit_3b.py --data.sources DIR --data.text EMBEDDINGS --resume auto
+
+Crops of 512 to 4096 pixels from 1:4 to 4:1; the paper does not list its buckets. Parameters and optimizer state are
+divided over all devices, of which there may be up to 128. Never run at this scale.
+"""
+
+import dataclasses
+
+from zipir_jax.config import MODELS, DataConfig, MeshConfig, TrainConfig
+
+
+def config() -> TrainConfig:
+    model = MODELS["paper"]
+    return TrainConfig(
+        stage="dit",
+        model=dataclasses.replace(model, dit=dataclasses.replace(model.dit, remat="attention")),
+        output="runs/paper/dit_3b",
+        init_from="runs/paper/lpvae_fine_1k/weights",
+        data=DataConfig(
+            resolutions=(512, 1024, 2048, 4096),
+            aspect_ratios=(1 / 4, 1 / 2, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 2, 4),
+            batch_size=128,
+            workers=16,
+        ),
+        mesh=MeshConfig(data=1, fsdp=0),
+        steps=250_000,
+        keep_every=10_000,
+    )
