@@ -24,11 +24,12 @@ from zipir_jax.data.text import write_text
 from zipir_jax.models.lp_vae import encode, whiten
 from zipir_jax.restorer import Restorer
 from zipir_jax.train import main
-from zipir_jax.training import losses
+from zipir_jax.training import loop, losses
+from zipir_jax.training.checkpoint import encoder_digest
 from zipir_jax.training.loop import PREVIEW_IMAGES, check, statistics_images, train
 from zipir_jax.training.stages import STAGES
 from zipir_jax.training.state import create_state, train_step
-from zipir_jax.weights import abstract_weights, load_weights, save_weights
+from zipir_jax.weights import abstract_weights, load_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "quick_lpips")
 ORDER = ("coarse", "fine", "dit", "pixel_decoder")  # each starts from the weights of the one before
@@ -327,15 +328,30 @@ def test_cached_latents_serve_the_dit_alone(make_config, stage):
         check(config)
 
 
-def test_a_dit_learns_from_cached_latents_and_text(make_config, trained, tmp_path):
+def write_random_latents(folder, encoder):
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((6, 2, 2, 2, 64)).astype(np.float32)
-    write_latents(tmp_path / "latents", [(clean, lq, "") for clean, lq in latents], "random", "none")
+    write_latents(folder, [(clean, lq, "") for clean, lq in latents], "random", encoder)
+    return str(folder)
+
+
+def test_latents_of_other_encoders_are_refused(make_config, trained, tmp_path):
+    config = make_config("dit", output=str(tmp_path / "run"), init_from=str(trained("fine")[1]))
+    config = replace_data(
+        config, sources=(), latents=write_random_latents(tmp_path / "latents", "0123456789abcdef")
+    )
+    with pytest.raises(ValueError, match=r"latents: other encoders made these latents than .* holds"):
+        train(config)
+
+
+def test_a_dit_learns_from_cached_latents_and_text(make_config, trained, tmp_path):
+    _, groups = load_weights(trained("fine")[1], ())
+    latents = write_random_latents(tmp_path / "latents", encoder_digest(groups))
     config = make_config("dit", output=str(tmp_path / "run"), init_from=str(trained("fine")[1]), steps=2)
     config = replace_data(
         with_text(config, 8),
         sources=(),
-        latents=str(tmp_path / "latents"),
+        latents=latents,
         text=write_embeddings(tmp_path / "text", 8),
         text_tokens=4,
     )
@@ -393,45 +409,61 @@ def test_an_existing_checkpoint_is_neither_overwritten_nor_mixed_with_another_co
     assert (weights / "model.safetensors").read_bytes() == before
 
 
-def test_weights_that_do_not_fit_are_refused(trained, make_config, tmp_path):
+def test_weights_that_do_not_fit_are_refused(trained, make_config, tmp_path, tiny_weights):
     coarse = str(trained("coarse")[1])
     config = make_config("dit", output=str(tmp_path / "run"), init_from=coarse)
     with pytest.raises(ValueError, match="the weights have no fine_encoder"):
         train(config)
     with pytest.raises(ValueError, match="nowhere: no weights here"):
         train(dataclasses.replace(config, init_from=str(tmp_path / "nowhere")))
-    lp_vae = config.model.lp_vae
-    half = dataclasses.replace(lp_vae, coarse=dataclasses.replace(lp_vae.coarse, compute_dtype="bfloat16"))
-    other = dataclasses.replace(config.model, lp_vae=half)
-    save_weights(tmp_path / "other", other, load_weights(coarse, ())[1])
-    config = make_config("fine", output=str(tmp_path / "run"), init_from=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="other: these weights have another lp_vae than the config"):
+    config = make_config("fine", output=str(tmp_path / "run"), init_from=str(tiny_weights))
+    with pytest.raises(ValueError, match="tiny: these weights have another lp_vae than the config"):
         train(config)
 
 
-def test_an_lp_vae_serves_any_dit_but_hands_none_on_to_a_new_latent_space(trained, make_config, tmp_path):
+@pytest.fixture(name="idle_steps")
+def make_idle_steps(monkeypatch):
+    """Steps that change no parameter and grids that show the data: nothing takes long to compile."""
+
+    def step(config, adversarial, state, frozen, batch):
+        metrics = {"loss": np.float32(1.0), "skipped_in_a_row": np.int32(0)}
+        return state | {"step": state["step"] + 1}, metrics
+
+    monkeypatch.setattr(loop, "train_step", step)
+    for stage in STAGES.values():
+        monkeypatch.setattr(stage, "preview", lambda config, generator, frozen, batch, key: [batch["image"]])
+
+
+def test_an_lp_vae_serves_any_dit_but_hands_none_on_to_a_new_latent_space(
+    trained, make_config, tmp_path, idle_steps, capsys
+):
     config, weights = trained("dit")
-    model = dataclasses.replace(config.model, dit=dataclasses.replace(config.model.dit, layers=3))
-    other = make_config("dit", output=str(tmp_path / "dit"), init_from=str(weights), steps=1)
-    saved, groups = load_weights(train(dataclasses.replace(other, model=model)), ("dit",))
+
+    def run(stage, name, model, **changes):
+        other = make_config(stage, output=str(tmp_path / name), init_from=str(weights), steps=1, **changes)
+        return load_weights(train(dataclasses.replace(other, model=model)), ())
+
+    def changed(part, **changes):
+        part_of_it = dataclasses.replace(getattr(config.model, part), **changes)
+        return dataclasses.replace(config.model, **{part: part_of_it})
+
+    model = changed("dit", layers=3)
+    saved, groups = run("dit", "deeper", model)
     assert saved == model
     assert groups["dit"]["blocks"]["attention"]["key"]["kernel"].shape[0] == 3
+    assert "these weights have another dit than the config; their DiT is not used" in capsys.readouterr().err
     # Where only the computing or the timesteps to train on differ, it is the same DiT, and is gone on from.
-    schedule = dataclasses.replace(config.model.diffusion, logit_normal_mean=0.5)
-    model = dataclasses.replace(config.model, diffusion=schedule)
-    slow = dataclasses.replace(config.optimizer, learning_rate=1e-9, final_learning_rate=0.0)
-    other = make_config("dit", output=str(tmp_path / "on"), init_from=str(weights), steps=1, optimizer=slow)
     before = load_weights(weights, ())[1]["dit"]
-    after = load_weights(train(dataclasses.replace(other, model=model)), ())[1]["dit"]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), before, after)
-    schedule = dataclasses.replace(config.model.diffusion, prediction="eps")
-    other = make_config("pixel_decoder", output=str(tmp_path / "decoder"), init_from=str(weights), steps=1)
-    other = dataclasses.replace(other, model=dataclasses.replace(config.model, diffusion=schedule))
+    for number, model in enumerate(
+        [changed("diffusion", logit_normal_mean=0.5), changed("dit", remat="full", compute_dtype="bfloat16")]
+    ):
+        assert_same(run("dit", f"on{number}", model)[1]["dit"], before)
+    model = changed("diffusion", prediction="eps")
     with pytest.raises(ValueError, match="these weights have another diffusion than the config"):
-        train(dataclasses.replace(other, decoder_noise=(0.0, 0.5)))
-    assert "dit" not in load_weights(train(dataclasses.replace(other, decoder_noise=(0.0, 0.0))), ())[1]
-    fine = make_config("fine", output=str(tmp_path / "fine"), init_from=str(weights), steps=1)
-    groups = load_weights(train(fine), ())[1]
+        run("pixel_decoder", "noise", model, decoder_noise=(0.0, 0.5))
+    assert "dit" not in run("pixel_decoder", "decoder", model)[1]
+    assert "dit" in run("pixel_decoder", "same", config.model)[1]
+    groups = run("fine", "fine", config.model)[1]
     assert set(groups) == {"statistics", "coarse_encoder", "fine_encoder", "fine_decoder"}
 
 
@@ -468,9 +500,11 @@ def make_config_file(make_config, tmp_path):
     return path
 
 
-def test_the_command_line_trains_what_the_config_and_the_overrides_say(config_file, tmp_path, call):
+def test_the_command_line_trains_what_the_config_and_the_overrides_say(
+    config_file, tmp_path, call, idle_steps
+):
     output = tmp_path / "elsewhere"
-    overrides = ("--steps", 1, "--output", output, "--loss.adversarial", 0)  # without, it compiles faster
+    overrides = ("--steps", 1, "--output", output, "--optimizer.warmup-steps", 0, "--mesh.data", 1)
     status, out, err = call(main, "--config", config_file, *overrides)
     assert status == 0, err
     assert out == f"weights: {output / 'weights'}\n"

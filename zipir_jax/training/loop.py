@@ -72,7 +72,10 @@ def train(config: TrainConfig, resume: str = "") -> Path:
         raise ValueError(
             f"{config.data.latents}: other encoders made these latents than {config.init_from} holds"
         )
-    run = checkpoint.fingerprint(config, start_from)
+    # Without what was measured here: another machine may round it differently, and is welcome to go on.
+    run = checkpoint.fingerprint(
+        config, {name: start_from[name] for name in start_from if name in pretrained}
+    )
     keys = jax.random.split(jax.random.key(config.seed))
     create = functools.partial(create_state, config)
     abstract = jax.eval_shape(create, keys[0], start_from)
