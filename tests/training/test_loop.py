@@ -307,6 +307,40 @@ def test_a_checkpoint_that_is_not_there_is_not_gone_on_from(config, step):
 
 
 # --------------------------------------------------------------------------------------------------
+# The discriminator's start
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "resume", "phases"),
+    [(0, "", [True]), (3, "", [False, True]), (8, "", [False]), (3, "2", [False, True]), (3, "3", [True])],
+)
+def test_the_phases_that_will_come_are_compiled_and_each_step_takes_its_own(
+    config, monkeypatch, start, resume, phases
+):
+    loss = dataclasses.replace(config.loss, adversarial=0.5, adversarial_start=start)
+    config = dataclasses.replace(config, loss=loss, keep_every=1)
+    calls, compiled = [], loop.compile_step
+
+    def watched(config, mesh, bucket, adversarial, *rest):
+        calls.append(("compiled", adversarial))
+        program = compiled(config, mesh, bucket, adversarial, *rest)
+
+        def run(*arguments):
+            calls.append(adversarial)
+            return program(*arguments)
+
+        return run
+
+    if resume:
+        loop.train(config)
+    monkeypatch.setattr(loop, "compile_step", watched)
+    loop.train(config, resume=resume)
+    steps = range(int(resume or 0), 8)
+    assert calls == [("compiled", phase) for phase in phases] + [step >= start for step in steps]
+
+
+# --------------------------------------------------------------------------------------------------
 # What a resumed run may change
 # --------------------------------------------------------------------------------------------------
 
@@ -503,8 +537,9 @@ def test_a_run_that_ends_while_the_profiler_records_keeps_the_trace(config, monk
     loop.train(config)
     assert len(traces(config)) == 1
     # And one that goes on in the midst of these steps records the rest of them.
+    shutil.rmtree(Path(config.output) / "profile")
     loop.train(dataclasses.replace(config, steps=10, profile=(6, 9)), resume="auto")
-    assert len(traces(config)) == 2
+    assert len(traces(config)) == 1
 
 
 def test_without_being_asked_there_is_no_trace(config):

@@ -281,7 +281,7 @@ def training_batches(config: TrainConfig, source, text: TextEmbeddings | None, m
     return data
 
 
-def statistics_images(config: TrainConfig, source: Source) -> Iterator[np.ndarray]:
+def statistics_images(config: TrainConfig, source: Source | CachedLatents) -> Iterator[np.ndarray]:
     """Batches of clean crops, at least `statistics_images` of them; the same on every process."""
     small = dataclasses.replace(config.data, batch_size=STATISTICS_BATCH, batch_tokens=0)
     count = -(-config.statistics_images // STATISTICS_BATCH)
