@@ -1,12 +1,14 @@
 """What the tests of the training share: a folder of photographs, and the config of a run that takes seconds."""
 
 import dataclasses
+import struct
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
 
 from zipir_jax.config import (
     AutoencoderConfig,
@@ -63,13 +65,13 @@ def make_config(tiny_model, photos):
         config = TrainConfig(
             stage=stage,
             model=model,
-            data=DataConfig(folder=str(photos), crop=CROPS[stage], batch_size=2, threads=2),
+            data=DataConfig(sources=(str(photos),), resolutions=(CROPS[stage],), batch_size=2, threads=2),
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
             loss=LossConfig(lpips_net="alexnet"),
             discriminator=DiscriminatorConfig(base_channels=4, layers=1, compute_dtype="float32"),
             steps=4,
             ema_decay=0.5,
-            checkpoint_minutes=0.0,
+            checkpoint_minutes=60.0,
             sample_every=100,
             statistics_images=6,
         )
@@ -81,8 +83,29 @@ def make_config(tiny_model, photos):
 @pytest.fixture(scope="module")
 def quick_lpips():
     """A distance that compiles at once in place of LPIPS; tests/training/test_coarse.py trains with the real one."""
-    stand_in = {"factor": 1.5}, lambda params, a, b: params["factor"] * ((a - b) ** 2).mean((1, 2, 3))
+    stand_in = (
+        {"factor": np.float32(1.5)},
+        lambda params, a, b: params["factor"] * ((a - b) ** 2).mean((1, 2, 3)),
+    )
     with pytest.MonkeyPatch.context() as patch:
         for module in ("loop", "losses"):
             patch.setattr(f"zipir_jax.training.{module}.load_lpips", lambda net: stand_in)
         yield
+
+
+@pytest.fixture(scope="session")
+def tensorboard_events():
+    """`tensorboard_events(folder)`: all events that a run's log wrote for TensorBoard, in their order."""
+
+    def events(folder):
+        """All records of all event files: length (8 bytes), its checksum (4), the event, its checksum (4)."""
+        found = []
+        for path in sorted((folder / "tensorboard").iterdir(), key=lambda path: path.suffix):
+            data = path.read_bytes()
+            while data:
+                (length,) = struct.unpack("<Q", data[:8])
+                found.append(Event.FromString(data[12 : 12 + length]))
+                data = data[16 + length :]
+        return found
+
+    return events

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from zipir_jax.config import MODELS, DiscriminatorConfig, DiTConfig, LossConfig, TrainConfig
+from zipir_jax.config import MODELS, DataConfig, DiscriminatorConfig, DiTConfig, LossConfig, TrainConfig
 from zipir_jax.metrics.fidelity import load_lpips
 from zipir_jax.models.discriminator import PatchDiscriminator
+from zipir_jax.models.flops import encode_flops
 from zipir_jax.models.layers import abstract_params
 from zipir_jax.training.flops import lpips_features_flops, training_flops
 from zipir_jax.training.stages import STAGES
@@ -47,8 +48,6 @@ def counted(config, adversarial):
     """XLA's FLOPs of the step's gradients, per image."""
     stage, weights = STAGES[config.stage], abstract_weights(config.model)
     generator = {group: weights[group] for group in stage.MAKES if group != "statistics"}
-    if len(stage.MAKES) == 1:
-        (generator,) = generator.values()
     discriminator = abstract_params(PatchDiscriminator, config.discriminator) if adversarial else {}
     frozen = weights | {"lpips": shaped(load_lpips(config.loss.lpips_net)[0])}
     images = jax.ShapeDtypeStruct((BATCH, CROP, CROP, 3), jnp.float32)
@@ -130,11 +129,20 @@ def test_the_text_counts_for_every_noise_but_not_for_the_encoders():
     config = TrainConfig(stage="dit", noise_draws=2)
     dit = config.model.dit
     with_text, without = (
-        training_flops(config, CROP, CROP, adversarial=False, text_tokens=tokens) for tokens in (10, 0)
+        training_flops(dataclasses.replace(config, data=data), CROP, CROP, adversarial=False)
+        for data in (DataConfig(text="embeddings", text_tokens=10), DataConfig(text_tokens=10))
     )
     tokens = 2 * (CROP // 32) ** 2
     keys_and_values, attention = 4 * dit.text_width * dit.width, 4 * tokens * dit.width
     assert with_text - without == 3 * 2 * dit.layers * 10 * (keys_and_values + attention)
+
+
+def test_cached_latents_save_the_encoding():
+    read, cached = (
+        training_flops(narrow(stage="dit", data=DataConfig(latents=latents)), CROP, CROP, adversarial=False)
+        for latents in ("", "folder")
+    )
+    assert read - cached == 2 * encode_flops(narrow().model.lp_vae, CROP, CROP)
 
 
 def test_a_crop_that_no_latent_fits_is_refused():

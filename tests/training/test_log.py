@@ -1,12 +1,12 @@
+import functools
 import io
 import json
-import struct
 import types
 
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import SessionLog
 
 from zipir_jax.training import log
 from zipir_jax.training.log import MetricsLog
@@ -40,19 +40,17 @@ def column(folder, name):
     return [line[name] for line in read(folder)]
 
 
-def events(folder):
-    """All records of all event files: length (8 bytes), its checksum (4), the event, its checksum (4)."""
-    found = []
-    for path in sorted((folder / "tensorboard").iterdir(), key=lambda path: path.suffix):
-        data = path.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])
-            found.append(Event.FromString(data[12 : 12 + length]))
-            data = data[16 + length :]
-    return found
+@pytest.fixture(name="events")
+def make_events(tensorboard_events):
+    return tensorboard_events
 
 
-def scalars(folder, name):
+@pytest.fixture(name="scalars")
+def make_scalars(events):
+    return functools.partial(shown_scalars, events)
+
+
+def shown_scalars(events, folder, name):
     """(step, value) that TensorBoard shows: a session's start takes away what is there of its step and later ones."""
     shown = []
     for event in events(folder):
@@ -97,7 +95,7 @@ def test_steps_of_different_length_count_by_their_time(tmp_path):
     assert line["mfu"] == 0.2
 
 
-def test_values_that_are_not_finite_are_left_out(tmp_path, clock):
+def test_values_that_are_not_finite_are_left_out(tmp_path, clock, scalars):
     values = {"loss": [1.0, np.nan, 3.0], "norm": [np.inf, 2.0, -np.inf], "never": [np.nan] * 3}
     writer = MetricsLog(tmp_path, 0)
     train(
@@ -162,7 +160,7 @@ def test_a_run_that_starts_anew_starts_the_file_anew(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_shows_what_the_lines_hold(tmp_path, clock):
+def test_tensorboard_shows_what_the_lines_hold(tmp_path, clock, events, scalars):
     writer = MetricsLog(tmp_path, 0, peak=2e12)
     train(writer, clock, range(1, 8))
     writer.close()  # with the line of the seventh step
@@ -175,7 +173,7 @@ def test_tensorboard_shows_what_the_lines_hold(tmp_path, clock):
     assert sorted(set(times)) == [line["time"] for line in lines]
 
 
-def test_tensorboard_shows_a_resumed_run_as_one(tmp_path, clock):
+def test_tensorboard_shows_a_resumed_run_as_one(tmp_path, clock, scalars):
     # All within one second of the machine's clock, by which the event files are named.
     for start, last in ((0, 9), (6, 9), (9, 12)):
         writer = MetricsLog(tmp_path, start)
@@ -189,7 +187,7 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path, clock):
     assert scalars(tmp_path, "loss") == [(3, 2.0), (6, 5.0), (9, 608.0), (12, 911.0)]
 
 
-def test_tensorboard_shows_grids(tmp_path, clock):
+def test_tensorboard_shows_grids(tmp_path, clock, events):
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
     writer = MetricsLog(tmp_path, 0)
     writer.grid(50, image)

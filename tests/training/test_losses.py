@@ -139,9 +139,7 @@ def assert_trees_close(result, expected, tolerance=1e-4):
 
 def naive_weight(case):
     """|dL_rec / dlast layer| / |dL_adv / dlast layer|, from two whole backward passes."""
-    norms = [
-        optax.global_norm(gradient[LAST_LAYER]) for _, gradient in (case.reconstruction, case.adversarial)
-    ]
+    norms = [optax.tree.norm(gradient[LAST_LAYER]) for _, gradient in (case.reconstruction, case.adversarial)]
     return norms[0] / (norms[1] + 1e-4)
 
 

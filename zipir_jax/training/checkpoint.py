@@ -73,7 +73,7 @@ def find(checkpoints: ocp.CheckpointManager, resume: str) -> int | None:
     run = checkpoints.directory.parent
     if resume:
         steps = checkpoints.all_steps()
-        if not resume.isdigit() or int(resume) not in steps:
+        if not resume.isdecimal() or int(resume) not in steps:
             there = ", ".join(map(str, sorted(steps))) or "none"
             raise ValueError(f"{run} holds no checkpoint of step {resume}; there are: {there}")
         return int(resume)
@@ -149,10 +149,15 @@ def restore_ema(checkpoints: ocp.CheckpointManager, step: int, abstract_ema: dic
 
 
 def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state: dict, data: Batches) -> dict:
-    """A checkpoint's state, with the shapes and shardings of `abstract_state`; `data` is set to its position."""
+    """A checkpoint's state, with the shapes and shardings of `abstract_state`; `data` is set to its position.
+
+    Later checkpoints are deleted: the run takes another way from here, and Orbax saves no step before its newest.
+    """
     saved = checkpoints.restore(
         step,
         args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()),
     )
     data.set_state(saved["data"])
+    for later in [other for other in checkpoints.all_steps() if other > step]:
+        checkpoints.delete(later)
     return saved["state"]

@@ -72,7 +72,10 @@ def train(config: TrainConfig, resume: str = "") -> Path:
         raise ValueError(
             f"{config.data.latents}: other encoders made these latents than {config.init_from} holds"
         )
-    run = checkpoint.fingerprint(config, start_from)
+    # Without what was measured here: another machine may round it differently, and is welcome to go on.
+    run = checkpoint.fingerprint(
+        config, {name: start_from[name] for name in start_from if name in pretrained}
+    )
     keys = jax.random.split(jax.random.key(config.seed))
     create = functools.partial(create_state, config)
     abstract = jax.eval_shape(create, keys[0], start_from)
@@ -132,11 +135,12 @@ def train(config: TrainConfig, resume: str = "") -> Path:
         return wish
 
     closing = contextlib.closing(log) if log else contextlib.nullcontext()
-    with closing, contextlib.closing(data), bar, delayed_signals() as received:
+    profiler = contextlib.ExitStack()
+    with closing, contextlib.closing(data), bar, profiler, delayed_signals() as received:
         while step < config.steps and not stop:
             began = time.monotonic()
-            if step == config.profile[0] < config.profile[1]:
-                jax.profiler.start_trace(output / "profile")
+            if step == max(config.profile[0], first) < config.profile[1]:
+                profiler.enter_context(jax.profiler.trace(output / "profile"))
             known = len(data.unreadable)
             batch = next(data)
             waited = time.monotonic() - began
@@ -154,6 +158,12 @@ def train(config: TrainConfig, resume: str = "") -> Path:
             bar.update()
             # Metrics are fetched one step late, so that the device has its next step before we wait.
             wish = finish(*running) if running else 0
+            kept = config.keep_every and step % config.keep_every == 0
+            save = wish >= SAVE or kept or step == config.steps
+            if save:
+                jax.block_until_ready(
+                    metrics
+                )  # the time that this step takes is its own, not the checkpoint's
             images = buckets[size].batch_size
             counts = {
                 "images": images,
@@ -162,16 +172,13 @@ def train(config: TrainConfig, resume: str = "") -> Path:
                 "seconds": time.monotonic() - began,
             }
             running = step, metrics, counts
-            if step == config.profile[1] > config.profile[0]:
+            if step == config.profile[1]:
                 jax.block_until_ready(state)
-                jax.profiler.stop_trace()
+                profiler.close()
 
-            kept = config.keep_every and step % config.keep_every == 0
-            if wish >= SAVE or kept or step == config.steps:
-                wish, running = (
-                    max(wish, finish(*running)),
-                    None,
-                )  # the log goes no further than the checkpoint
+            if save:
+                # The log goes no further than the checkpoint, and not less far.
+                wish, running = max(wish, finish(*running)), None
                 if log:
                     log.write()
                 checkpoint.save(checkpoints, step, state, data, run, config)
@@ -276,7 +283,7 @@ def training_batches(config: TrainConfig, source, text: TextEmbeddings | None, m
     return data
 
 
-def statistics_images(config: TrainConfig, source: Source) -> Iterator[np.ndarray]:
+def statistics_images(config: TrainConfig, source: Source | CachedLatents) -> Iterator[np.ndarray]:
     """Batches of clean crops, at least `statistics_images` of them; the same on every process."""
     data = dataclasses.replace(config.data, batch_size=STATISTICS_BATCH, batch_tokens=0, workers=0)
     count = -(-config.statistics_images // STATISTICS_BATCH)
@@ -412,7 +419,7 @@ def _not_finite(step, metrics, checkpoints):
     )
 
 
-def report(bar: tqdm, metrics: dict[str, float], counts: dict[str, float]) -> None:
+def report(bar: tqdm, metrics: dict[str, float], counts: dict[str, float | int]) -> None:
     """Show the loss and images/s; tqdm itself shows the time left."""
     shown = {k: f"{v:.3f}" for k, v in metrics.items() if k in ("loss", "l1", "lpips")}
     bar.set_postfix(shown | {"images/s": f"{counts['images'] / counts['seconds']:.1f}"}, refresh=False)
