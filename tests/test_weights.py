@@ -163,7 +163,7 @@ def test_a_missing_group_is_named(altered):
 def test_a_missing_file_is_named(altered, file):
     folder = altered(lambda tensors: None)
     (folder / file).unlink()
-    assert_refused(folder, f"{file} is missing")
+    assert_refused(folder, "no weights here", file, "is missing")
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):

@@ -514,6 +514,18 @@ def test_the_command_line_trains_what_the_config_and_the_overrides_say(
     assert not (tmp_path / "run").exists()
 
 
+def test_images_that_cannot_be_read_leave_the_exit_status_at_0(
+    config_file, tmp_path, call, idle_steps, photos
+):
+    shutil.copytree(photos, tmp_path / "photos")
+    whole = (photos / "1.png").read_bytes()
+    (tmp_path / "photos" / "1.png").write_bytes(whole[:10])
+    (tmp_path / "photos" / "2.png").write_bytes(whole[: len(whole) // 2])
+    status, _, err = call(main, "--config", config_file, "--data.sources", tmp_path / "photos")
+    assert status == 0
+    assert "2 images could not be read; others stood in for them\n" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
