@@ -218,11 +218,21 @@ def test_a_restored_iterator_goes_on_as_if_it_had_never_stopped(source):
     assert_same(take(iterator, 4), expected)
 
 
-def test_the_state_is_the_number_of_batches_and_the_source(source):
+def test_the_state_is_the_number_of_batches_and_what_they_are_made_of(source):
     iterator = batches(CONFIG, source, 0)
-    assert iterator.get_state() == {"taken": 0, "contents": repr(source)}
+    made_of = {"contents": repr(source), "batch_sizes": [CONFIG.batch_size]}
+    assert iterator.get_state() == {"taken": 0} | made_of
     take(iterator, 3)  # and not what threads have made meanwhile
-    assert iterator.get_state() == {"taken": 3, "contents": repr(source)}
+    assert iterator.get_state() == {"taken": 3} | made_of
+
+
+def test_a_saved_state_is_refused_by_batches_of_other_sizes(source):
+    config = dataclasses.replace(CONFIG, batch_tokens=40)
+    tokens = CONFIG.resolutions[0] ** 2 // 32**2
+    few, many = (batches(config, source, 0, divisor=divisor) for divisor in (1, 3))
+    assert [b.batch_size for b in few.buckets] == [40 // tokens] != [b.batch_size for b in many.buckets]
+    with pytest.raises(ValueError, match=r"batches of \[\d+\] images, not of \[\d+\] as the run began with"):
+        many.set_state(few.get_state())
 
 
 def test_a_closed_iterator_goes_on_where_it_was(source):

@@ -159,7 +159,7 @@ class Batches(Iterator):
     buckets     the buckets that the batches come from
     indices     where in the source the last batch's images are, int64 [b]; None for cached latents
     unreadable  a sentence for each item that could not be read so far, once each; others stood in for them
-    The state that is saved and restored is the number of batches that were taken, and what they were taken from.
+    The state that is saved and restored is the number of batches that were taken, and what they were made of.
     """
 
     def __init__(self, dataset: grain.MapDataset, buckets: list[Bucket], config: DataConfig, contents: str):
@@ -184,7 +184,8 @@ class Batches(Iterator):
                 ) from error
             raise
         self._taken += 1
-        self.indices = batch.pop("index", None)
+        # Copied: what a worker sent lies in shared memory, which should not be held on to.
+        self.indices = np.array(batch.pop("index")) if "index" in batch else None
         for line in "\n".join(batch.pop("unreadable")).split("\n"):
             if line and line not in self._named:
                 self._named.add(line)
@@ -212,16 +213,24 @@ class Batches(Iterator):
         _close(self._iterators)
 
     def get_state(self) -> dict[str, Any]:
-        return {"taken": self._taken, "contents": self._contents}
+        return {"taken": self._taken, "contents": self._contents, "batch_sizes": self._batch_sizes()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on after a saved state. Raises ValueError for one that belongs to other images."""
+        """Go on after a saved state. Raises ValueError for one that belongs to other images or batches."""
         if state["contents"] != self._contents:
             raise ValueError(
                 f"not the images that the run began with: {self._contents}, not {state['contents']}"
             )
+        if state["batch_sizes"] != self._batch_sizes():
+            raise ValueError(
+                f"batches of {self._batch_sizes()} images, not of {state['batch_sizes']} as the run began with; with "
+                "data.batch_tokens they follow from the mesh"
+            )
         self.close()
         self._taken = state["taken"]
+
+    def _batch_sizes(self):
+        return [bucket.batch_size for bucket in self.buckets]
 
 
 def _close(iterators):

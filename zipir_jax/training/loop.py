@@ -126,9 +126,9 @@ def train(config: TrainConfig, resume: str = "") -> Path:
     def finish(step, metrics, counts):
         """Wait for a step's metrics, log them, and return what the processes wished during it."""
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        wish = metrics.pop("wish")
-        if metrics["skipped_in_a_row"] >= config.skip_limit:
-            raise ValueError(_not_finite(step, metrics, checkpoints))
+        wish, skipped = metrics.pop("wish"), metrics.pop("skipped_in_a_row")
+        if skipped >= config.skip_limit:
+            raise ValueError(_not_finite(step, skipped, metrics, checkpoints))
         if log:
             log.add(step, metrics, **counts)
             report(bar, metrics, counts)
@@ -194,7 +194,8 @@ def train(config: TrainConfig, resume: str = "") -> Path:
         count = len(data.unreadable) + len(source.damaged)
         print(f"{count} images could not be read; others stood in for them", file=sys.stderr)
     if first_process and step > first:
-        last = ", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items() if name != "wish")
+        shown = {name: value for name, value in metrics.items() if name not in ("wish", "skipped_in_a_row")}
+        last = ", ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
         print(f"step {step}: {last}", file=sys.stderr)
     if stop:
         if first_process:
@@ -409,12 +410,12 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"data.text is of no use to stage {config.stage} with this model: leave it out")
 
 
-def _not_finite(step, metrics, checkpoints):
+def _not_finite(step, skipped, metrics, checkpoints):
     checkpoints.wait_until_finished()
     good = checkpoints.latest_step()
     kept = "no checkpoint" if good is None else f"the checkpoint of step {good}"
     return (
-        f"step {step}: the gradient of {metrics['skipped_in_a_row']:.0f} steps in a row is not finite (loss "
+        f"step {step}: the gradient of {skipped:.0f} steps in a row is not finite (loss "
         f"{metrics['loss']}); training stopped and left {kept}"
     )
 

@@ -17,8 +17,8 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW for "generator", Adam for "discriminator", each with its gradient's global norm clipped.
 
-    Where a gradient is not finite, nothing changes but the counts `total_notfinite` and `notfinite_count`, of the steps
-    in a row, in its state.
+    Where a gradient is not finite, nothing changes but `last_finite` and the count of such steps in a row,
+    `notfinite_count`, in its state.
     """
     o = config.optimizer
 

@@ -37,8 +37,8 @@ def train_step(
     """(next state, metrics). Random numbers follow from the seed and the step alone.
 
     `adversarial` says whether the discriminator takes part (both arguments before `state` are static). A step whose
-    gradient is not finite changes neither parameters nor moments: the metrics "skipped" and "skipped_in_a_row" count
-    such steps.
+    gradient is not finite changes neither parameters nor moments: the metric "skipped" is then 1, and
+    "skipped_in_a_row" counts such steps.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
     gradients, metrics = mean_gradients(config, adversarial, state["params"], frozen, batch, key)
@@ -51,7 +51,7 @@ def train_step(
     metrics |= {
         "gradient_norm": optax.tree.norm(gradients["generator"]),
         "learning_rate": learning_rate(config)(state["step"]),
-        "skipped": optimizer.total_notfinite,
+        "skipped": 1.0 - optimizer.last_finite,
         "skipped_in_a_row": optimizer.notfinite_count,
     }
     return {"params": params, "ema": ema, "optimizer": optimizer, "step": step}, metrics
