@@ -120,7 +120,7 @@ def finish(running: list[subprocess.Popen], output: Path) -> None:
     statuses = [process.wait(TIMEOUT) for process in running]
     if any(statuses):
         log = (output.parent / f"{output.name}.log").read_text(errors="replace")
-        raise RuntimeError(f"{output}: exit statuses {statuses}: {log[-3000:]}")
+        raise RuntimeError(f"{output}: exit statuses {statuses}: {log[-20000:]}")
 
 
 def kill(running: list[subprocess.Popen]) -> None:

@@ -87,9 +87,16 @@ def load_config(path: str | Path) -> TrainConfig:
 
 
 def cache_compiled_programs() -> None:
-    """Keep compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
+    """Keep compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
+
+    Not where several processes compute on CPUs: programs that XLA reads back then run collectives in another order than
+    those that a process has just compiled (jax 0.10.2), and gloo ends them.
+    """
     import jax
 
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", user_cache_dir("zipir_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -16,16 +16,19 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
+from zipir_jax import prepare
 from zipir_jax.command_line import run
-from zipir_jax.config import SamplingConfig
-from zipir_jax.data.latents import write_latents
-from zipir_jax.data.sources import open_sources
+from zipir_jax.config import DataConfig, SamplingConfig
+from zipir_jax.data.latents import CachedLatents, write_latents
+from zipir_jax.data.pipeline import batches
+from zipir_jax.data.sources import FolderSource, open_sources
 from zipir_jax.data.text import write_text
 from zipir_jax.models.lp_vae import encode, whiten
-from zipir_jax.restorer import Restorer
+from zipir_jax.restorer import NEEDED, Restorer
 from zipir_jax.train import main
 from zipir_jax.training import loop, losses
 from zipir_jax.training.checkpoint import encoder_digest
+from zipir_jax.training.export import run_weights
 from zipir_jax.training.loop import PREVIEW_IMAGES, check, statistics_images, train
 from zipir_jax.training.stages import STAGES
 from zipir_jax.training.state import create_state, train_step
@@ -485,6 +488,110 @@ def test_a_run_with_fewer_steps_than_it_has_had_is_refused(trained):
     config, _ = trained("coarse")
     with pytest.raises(ValueError, match="the checkpoint of step 4 is beyond steps 2"):
         train(dataclasses.replace(config, steps=2), resume="auto")
+
+
+# --------------------------------------------------------------------------------------------------
+# What is made of a run, and before one
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["fine", "pixel_decoder"])
+def test_the_weights_of_a_checkpoint_are_those_that_its_run_writes(trained, stage):
+    config, weights = trained(stage)
+    model, groups = run_weights(Path(config.output))
+    written_model, written = load_weights(weights, ())
+    assert model == written_model
+    assert_same(groups, written)
+    earlier = run_weights(Path(config.output), 2)[1]
+    assert earlier.keys() == groups.keys()
+    made = next(iter(MADE[stage] - {"statistics"}))
+    assert not all(
+        np.array_equal(a, b)
+        for (_, a), (_, b) in zip(leaves(earlier[made]), leaves(groups[made]), strict=True)
+    )
+    with pytest.raises(ValueError, match="holds no checkpoint of step 9; there are: 1, 2, 3, 4"):
+        run_weights(Path(config.output), 9)
+
+
+def test_a_run_is_exported_as_its_weights_are(trained, call, tmp_path):
+    config, weights = trained("pixel_decoder")
+    for number, (source, options) in enumerate(
+        [
+            (weights, ()),
+            (config.output, ()),
+            (config.output, ("--file-format", "orbax", "--dtype", "float32")),
+        ]
+    ):
+        arguments = ("export", "--weights", source, "--output", tmp_path / str(number), *options)
+        status, _, err = call(prepare.main, *arguments)
+        assert status == 0, err
+    files = [tmp_path / number / "model.safetensors" for number in ("0", "1")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not (tmp_path / "2" / "model.safetensors").exists()
+    _, groups = load_weights(tmp_path / "2", NEEDED)
+    written = load_weights(weights, NEEDED)[1]
+    assert_same(groups, {name: written[name] for name in NEEDED})
+    photo = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    assert Restorer.load(tmp_path / "2").restore(photo, scale=1, denoise=False).std() > 1
+    status, _, err = call(
+        prepare.main, "export", "--weights", weights, "--output", tmp_path / "3", "--step", 2
+    )
+    assert (status, err) == (2, f"error: {weights}: no run here, and step 2 names a run's checkpoint\n")
+
+
+def test_statistics_are_measured_before_and_after_there_are_weights(trained, photos, call, tmp_path):
+    _, weights = trained("fine")
+    common = "--sources", photos, "--resolution", 64, "--images", 16
+    status, out, err = call(
+        prepare.main, "statistics", *common, "--output", tmp_path / "macro", "--model", "tiny"
+    )
+    assert status == 0 and out.count("\n") == 2, err
+    _, macro = load_weights(tmp_path / "macro", ("statistics",))
+    assert macro.keys() == {"statistics"}
+    images = [next(batches(DataConfig(resolutions=(64,), batch_size=64), FolderSource(photos), 5))["image"]]
+    np.testing.assert_allclose(macro["statistics"]["macro_mean"], np.mean(images, (0, 1, 2, 3)), atol=0.15)
+
+    arguments = "statistics", *common, "--weights", weights, "--output", tmp_path / "latent"
+    status, out, err = call(prepare.main, *arguments)
+    assert status == 0 and out.count("\n") == 4, err
+    before, after = load_weights(weights, ())[1], load_weights(tmp_path / "latent", ())[1]
+    old, new = before.pop("statistics"), after.pop("statistics")
+    for name in old:  # E_c was trained with the macro band's
+        assert np.array_equal(old[name], new[name]) == name.startswith("macro_")
+    assert_same(before, after)
+
+
+def test_latents_are_cached_by_a_command_and_trained_on(
+    trained, config_file, make_config, photos, call, tmp_path
+):
+    _, weights = trained("fine")
+    config = make_config("dit", output=str(tmp_path / "run"), init_from=str(weights))
+    config_file.write_text(f"from zipir_jax.config import *\n\ndef config():\n    return {config!r}\n")
+    arguments = (
+        "latents",
+        "--config",
+        config_file,
+        "--sources",
+        photos,
+        "--batches",
+        3,
+        "--output",
+        tmp_path / "l",
+    )
+    status, out, err = call(prepare.main, *arguments)
+    assert (status, out) == (0, f"{tmp_path / 'l'}: latents of 6 crops\n"), err
+    # What is cached is what the stage would encode.
+    batch = next(batches(config.data, FolderSource(photos), config.seed, config.degradation))
+    groups = load_weights(weights, ())[1]
+    cached = CachedLatents(tmp_path / "l")
+    for name, image in (("latent", "image"), ("lq_latent", "lq")):
+        encoded = encode(groups, config.model.lp_vae, jnp.asarray(batch[image]))
+        np.testing.assert_allclose(cached[0][name], encoded[0], atol=5e-3)
+    status, _, err = call(prepare.main, *arguments)
+    assert status == 2 and "latents.json" in err and err.count("\n") == 1
+    status, _, err = call(main, "--config", config_file, "--data.latents", tmp_path / "l", "--steps", 2)
+    assert status == 0, err
+    assert len(json.loads((tmp_path / "run" / "metrics.jsonl").read_text())) > 5
 
 
 # --------------------------------------------------------------------------------------------------
