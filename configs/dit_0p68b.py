@@ -2,7 +2,9 @@
 
 python -m zipir_jax.train --config configs/dit_0p68b.py --data.sources DIR --resume auto
 
-Crops of 512 to 4096 pixels from 1:4 to 4:1; the paper does not list its buckets. Never run at this scale.
+Crops of 512 to 4096 pixels from 1:4 to 4:1; the paper does not list its buckets. Fewer than 128 devices need
+--accumulate, so that one crop of 4096 pixels a device fits. For NVIDIA GPUs: XLA's own attention would need 64 GiB for
+such a crop. Never run at this scale.
 """
 
 import dataclasses
@@ -14,7 +16,9 @@ def config() -> TrainConfig:
     model = MODELS["dit_0p68b"]
     return TrainConfig(
         stage="dit",
-        model=dataclasses.replace(model, dit=dataclasses.replace(model.dit, remat="attention")),
+        model=dataclasses.replace(
+            model, dit=dataclasses.replace(model.dit, attention="cudnn", remat="attention")
+        ),
         output="runs/paper/dit_0p68b",
         init_from="runs/paper/lpvae_fine_1k/weights",
         data=DataConfig(

@@ -3,7 +3,9 @@
 python -m zipir_jax.train --config configs/dit_3b.py --data.sources DIR --data.text EMBEDDINGS --resume auto
 
 Crops of 512 to 4096 pixels from 1:4 to 4:1; the paper does not list its buckets. Parameters and optimizer state are
-divided over all devices, of which there may be up to 128. Never run at this scale.
+divided over all devices, of which there may be up to 128; fewer need --accumulate, so that one crop of 4096 pixels a
+device fits. For NVIDIA GPUs: XLA's own attention would need 64 GiB for such a crop. EMBEDDINGS is a folder as
+zipir_jax/data/text.py writes it; there is no text encoder here yet. Never run at this scale.
 """
 
 import dataclasses
@@ -15,7 +17,9 @@ def config() -> TrainConfig:
     model = MODELS["paper"]
     return TrainConfig(
         stage="dit",
-        model=dataclasses.replace(model, dit=dataclasses.replace(model.dit, remat="attention")),
+        model=dataclasses.replace(
+            model, dit=dataclasses.replace(model.dit, attention="cudnn", remat="attention")
+        ),
         output="runs/paper/dit_3b",
         init_from="runs/paper/lpvae_fine_1k/weights",
         data=DataConfig(

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import stat
@@ -472,3 +473,45 @@ def test_list_images(tmp_path):
 )
 def test_no_two_files_share_a_name(files, names):
     assert distinct_names([imageio.Path("folder") / file for file in files]) == names
+
+
+@pytest.mark.parametrize("kind", [2, 3, 7])  # ASCII, a number, UNDEFINED
+def test_an_orientation_of_the_wrong_type_is_none(tmp_path, kind):
+    """EXIF data by hand: one tag, the orientation, of a type that may hold no number."""
+    value = {2: b"6\0\0\0", 3: b"\6\0\0\0", 7: b"\6\0\0\0"}[kind]
+    entry = struct.pack("<HHI", 0x0112, kind, 1 if kind == 3 else 4) + value
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + struct.pack("<I", 0)
+    path = tmp_path / "odd.jpg"
+    Image.fromarray(np.zeros((8, 16, 3), np.uint8)).save(path, exif=exif)
+    expected = (16, 8) if kind == 3 else (8, 16)
+    assert upright_size(path) == read_image_uint8(path).shape[:2] == expected
+
+
+def test_bytes_that_make_no_sense_are_a_sentence(tmp_path):
+    """A few hundred files of each kind with bytes changed at random: they are read, or refused with their path."""
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (24, 16, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for suffix in ("jpg", "png", "tif", "webp"):
+        path = tmp_path / f"picture.{suffix}"
+        picture.save(path, exif=exif)
+        whole = np.frombuffer(path.read_bytes(), np.uint8)
+        for _ in range(300):
+            changed = whole.copy()
+            changed[rng.integers(0, len(whole), rng.integers(1, 6))] = rng.integers(0, 256)
+            path.write_bytes(changed.tobytes())
+            for read in (upright_size, read_image_uint8):
+                with contextlib.suppress(ValueError):
+                    read(path)
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
+    elsewhere.mkdir()
+    folder.mkdir()
+    for path in (elsewhere / "a.png", folder / "b.png"):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+    (folder / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    assert list_images(folder, recursive=True) == [folder / "b.png", folder / "link" / "a.png"]

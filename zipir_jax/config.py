@@ -565,8 +565,7 @@ class DataConfig:
     zoom: tuple[float, float] = (0.5, 1.0)  # each crop is a region of the crop's sides / zoom, shrunk to it
     rotate: bool = False  # by multiples of 90 degrees (180 unless square); horizontal flips are always on
     threads: int = 4  # that read and degrade, in each process; 0 = the training loop itself does it
-    # Processes that do so in its place, each with as many threads; where Python's lock holds threads back.
-    workers: int = 0
+    workers: int = 0  # processes that do so in its place, where Python's lock holds threads back
     cache_gib: float = 0.0  # memory of each process for decoded images, so that each is decoded once
     latents: str = ""  # dit: folder that `prepare latents` wrote, in place of images and their encoding
     text: str = ""  # dit: folder of text embeddings, see data/text.py

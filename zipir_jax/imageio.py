@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import struct
 import warnings
 from collections import Counter
@@ -46,8 +47,18 @@ def list_images(folder: Path, recursive: bool = False) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    paths = folder.rglob("*") if recursive else folder.iterdir()
+    paths = _walk(folder) if recursive else folder.iterdir()
     return sorted(p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+
+
+def _walk(folder):
+    """The files of a folder and its subfolders; links to folders are followed, but to each folder once."""
+    seen = {folder.resolve()}
+    for root, names, files in os.walk(folder, followlinks=True):
+        targets = {name: (Path(root) / name).resolve() for name in sorted(names)}
+        names[:] = [name for name, target in targets.items() if target not in seen]
+        seen.update(targets.values())
+        yield from (Path(root) / name for name in files)
 
 
 def distinct_names(paths: list[Path]) -> list[str]:
@@ -136,9 +147,10 @@ def _orientation(getexif):
     `ImageOps.exif_transpose` packs the other EXIF data anew, and fails where one of them is damaged.
     """
     try:
-        return getexif().get(ExifTags.Base.Orientation)
-    except (SyntaxError, ValueError, struct.error):
+        orientation = getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow's readers of EXIF data raise nearly anything
         return None
+    return orientation if isinstance(orientation, int) else None
 
 
 @contextlib.contextmanager
@@ -168,7 +180,7 @@ def _opened(path, data=None) -> Iterator[Image.Image]:
         raise ValueError(f"{path}: the image does not fit into memory") from None
     except PermissionError:
         raise ValueError(f"{path}: cannot be read (no permission)") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # Pillow's decoders raise nearly anything where a file's bytes make no sense
         raise ValueError(f"{path}: the image is damaged ({error})") from None
 
 

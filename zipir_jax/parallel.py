@@ -45,7 +45,7 @@ IMAGES = ("image", "lq")  # the arrays of a batch whose second axis is the heigh
 # Rows of an image that a device gets at least, two of the latent: with less, XLA's partitioner (jax 0.10.2) gets the
 # gradients of strided convolutions wrong.
 SMALLEST_ROWS = 64
-LARGEST_UNMATCHED = 1_000_000  # elements of a parameter that no rule names
+LARGEST_UNMATCHED = 1_000_000  # elements of a parameter that may stay whole although no rule says so
 
 
 def start() -> None:
@@ -67,8 +67,10 @@ def start() -> None:
         int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1,
         "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment,
         "," in environment.get("TPU_WORKER_HOSTNAMES", ""),
-        # A Cloud TPU machine learns from its metadata whether it is one of several.
-        importlib.util.find_spec("libtpu") is not None and Path("/dev/accel0").exists(),
+        # A Cloud TPU machine learns from its metadata whether it is one of several. Up to v4 its chips are
+        # /dev/accel*, later /dev/vfio/*.
+        importlib.util.find_spec("libtpu") is not None
+        and any(Path(chip).exists() for chip in ("/dev/accel0", "/dev/vfio/0")),
     )
     if any(several):
         jax.distributed.initialize()
@@ -89,7 +91,18 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh.tensor {config.tensor} does not divide the {local} devices of a process, which share its images"
         )
     shape = (data, fsdp, config.tensor)
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    try:
+        mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    except NotImplementedError:  # of a TPU slice whose wiring has no such axis
+        raise ValueError(
+            f"a mesh of {data} x {fsdp} x {config.tensor} does not fit how the devices are wired"
+        ) from None
+    for devices_of_part in mesh.devices.reshape(-1, config.tensor):
+        if len({device.process_index for device in devices_of_part}) > 1:
+            raise ValueError(
+                f"mesh.tensor {config.tensor} takes devices of several processes, which share no images"
+            )
+    return mesh
 
 
 def batch_parts(mesh: Mesh) -> int:
@@ -102,26 +115,35 @@ def _spec(axes):
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Divide an activation by the logical axes of its first dimensions; without a mesh, `x` as it is."""
+    """Divide an activation by the logical axes of its first dimensions; without a mesh, `x` as it is.
+
+    None is a dimension that stays whole; the dimensions after the last one named are left as they are.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, _spec(axes))
+    free = (P.UNCONSTRAINED,) * (x.ndim - len(axes))
+    return jax.lax.with_sharding_constraint(x, P(*_spec(axes), *free))
 
 
 def parameter_spec(mesh: AbstractMesh | Mesh, path: str, shape: tuple[int, ...]) -> P:
     """How a parameter, or a moment of it, is divided.
 
     A dimension that its mesh axis does not divide stays whole. Raises ValueError for a parameter of a million elements
-    or more that no rule names.
+    or more of which that is true, or that no rule names.
     """
+    is_large = np.prod(shape) >= LARGEST_UNMATCHED
     for pattern, axes in PARAMETER_AXES:
         if len(axes) == len(shape) and re.search(pattern, path):
-            names = [MESH_AXES.get(axis) for axis in axes]
-            fits = (
-                n if n and size % mesh.shape[n] == 0 else None for n, size in zip(names, shape, strict=True)
-            )
-            return P(*fits)
-    if np.prod(shape) >= LARGEST_UNMATCHED:
+            spec = []
+            for size, name in zip(shape, (MESH_AXES.get(axis) for axis in axes), strict=True):
+                divides = name is not None and size % mesh.shape[name] == 0
+                if name is not None and not divides and is_large:
+                    raise ValueError(
+                        f"{path} of shape {shape} does not divide over mesh.{name} {mesh.shape[name]}"
+                    )
+                spec.append(name if divides else None)
+            return P(*spec)
+    if is_large:
         raise ValueError(f"{path} of shape {shape} matches no sharding rule")
     return P()
 

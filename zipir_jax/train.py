@@ -25,12 +25,16 @@ def main(arguments: list[str]) -> None:
     default = load_config(options.config) if options.config else TrainConfig()
 
     def train_stage(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default) -> None:
-        from zipir_jax import parallel  # importing jax takes seconds; bad arguments should not wait
+        import jax  # takes seconds; bad arguments should not wait
+
+        from zipir_jax import parallel
         from zipir_jax.training.loop import train
 
         parallel.start()
         cache_compiled_programs()
-        print(f"weights: {train(config, options.resume)}")
+        weights = train(config, options.resume)
+        if jax.process_index() == 0:
+            print(f"weights: {weights}")
 
     parse(
         train_stage,

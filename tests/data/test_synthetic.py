@@ -1,14 +1,14 @@
 import dataclasses
 
 import cv2
-import grain
 import numpy as np
 import pytest
 from scipy.stats import kstest, kurtosis
 
 from zipir_jax.config import DataConfig, SyntheticConfig
 from zipir_jax.data import synthetic
-from zipir_jax.data.pipeline import random_crop
+from zipir_jax.data.pipeline import batches
+from zipir_jax.data.sources import open_sources
 from zipir_jax.data.synthetic import (
     SyntheticSource,
     coloured_noise,
@@ -90,13 +90,10 @@ def test_a_ground_without_leaves_is_an_image_of_one_colour():
 
 
 def test_it_feeds_the_loader():
-    source = SyntheticSource(4, 48, 0)
-    config = DataConfig(crop=32)
-    dataset = grain.MapDataset.source(source).seed(0).shuffle().repeat(None)
-    dataset = dataset.random_map(lambda image, rng: random_crop(image, config, rng)).batch(3)
-    loaded = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
-    batch = next(iter(loaded))
-    assert (batch.shape, batch.dtype) == ((3, 32, 32, 3), np.float32)
+    config = DataConfig(resolutions=(64,), batch_size=3)
+    batch = next(batches(config, open_sources(("synthetic:4:80",)), 0))["image"]
+    assert (batch.shape, batch.dtype) == ((3, 64, 64, 3), np.float32)
+    assert batch.std() > 0.1
 
 
 # --------------------------------------------------------------------------------------------------

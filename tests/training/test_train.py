@@ -275,7 +275,7 @@ def replace_data(config, **changes):
         ({"stage": "fine"}, "stage fine needs init_from"),
         ({"stage": "dit"}, "stage dit needs init_from"),
         ({"stage": "pixel_decoder"}, "stage pixel_decoder needs init_from"),
-        ({"output": ""}, "output is empty"),
+        ({"output": ""}, "output .. is no folder"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(make_config, tmp_path, changes, message):
@@ -630,7 +630,7 @@ def test_images_that_cannot_be_read_leave_the_exit_status_at_0(
     (tmp_path / "photos" / "2.png").write_bytes(whole[: len(whole) // 2])
     status, _, err = call(main, "--config", config_file, "--data.sources", tmp_path / "photos")
     assert status == 0
-    assert "2 images could not be read; others stood in for them\n" in err
+    assert "2 images or captions could not be read; others stood in for them\n" in err
 
 
 @pytest.mark.parametrize(

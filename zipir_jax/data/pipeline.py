@@ -1,6 +1,7 @@
 """From images to batches: crop, flip, degrade, batch; each item a function of its seed and position alone."""
 
 import functools
+import random
 import signal
 import weakref
 from collections.abc import Callable, Iterator
@@ -46,19 +47,26 @@ def random_crop(
 
 
 def read_item(read: Callable[[int], Any], images: np.ndarray, position: int) -> tuple[Any, str]:
-    """`read(images[position])`, or of the first image after it that can be read, and what was wrong with the others.
+    """`read(images[position])`, or of the first of some others that can be read, and what was wrong with the rest.
 
-    What was wrong is a line for each of the others, for which `read` raised ValueError. Raises ValueError after
-    READ_TRIES of them, or after all.
+    The others are drawn from all of `images`, the same ones for a position whenever it is asked for: neighbours often
+    lie in one damaged shard. What was wrong is a line for each image for which `read` raised ValueError. Raises
+    ValueError after READ_TRIES of them, or after all.
     """
     unreadable = []
-    for attempt in range(min(READ_TRIES, len(images))):
+    for place in _places(position, len(images)):
         try:
-            return read(int(images[(position + attempt) % len(images)])), "\n".join(unreadable)
+            return read(int(images[place])), "\n".join(unreadable)
         except ValueError as error:
             unreadable.append(" ".join(str(error).split()))
     first, last = unreadable[0], unreadable[-1]
     raise ValueError(f"{len(unreadable)} images in a row cannot be read, from the first ({first}) to {last}")
+
+
+def _places(position, count):
+    yield position
+    drawn = random.Random(position).sample(range(count), min(READ_TRIES, count))
+    yield from [place for place in drawn if place != position][: READ_TRIES - 1]
 
 
 def image_item(
@@ -193,10 +201,11 @@ class Batches(Iterator):
         return batch
 
     def _start(self):
-        # Each thread makes a whole batch; none has to wait for another's to be taken.
-        options = grain.ReadOptions(
-            num_threads=self._config.threads, prefetch_buffer_size=max(4, self._config.threads)
-        )
+        # Each thread makes a whole batch; none has to wait for another's to be taken. A worker is one thread and keeps
+        # one batch ready: batches of large crops fill gigabytes.
+        threads = 1 if self._config.workers else self._config.threads
+        ahead = 1 if self._config.workers else max(4, threads)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         # Sliced, so that the number of threads or workers is no part of the state.
         dataset = self._dataset[self._taken :].to_iter_dataset(options)
         if self._config.workers:
@@ -204,7 +213,7 @@ class Batches(Iterator):
             # entry point has parsed the command line. Ours does not use it.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
-            workers = grain.MultiprocessingOptions(self._config.workers, per_worker_buffer_size=2)
+            workers = grain.MultiprocessingOptions(self._config.workers, per_worker_buffer_size=1)
             dataset = dataset.mp_prefetch(workers, _start_worker)
         return iter(dataset)
 
@@ -261,7 +270,8 @@ def batches(
         and with `text` {"text": [b, text_tokens, c], "text_lengths": int32 [b]}
 
     The buckets take turns as often as their weights say, the same one on every host; host i of n gets the i-th of n
-    equal parts of the batch's images, so that the batch is the same whatever the number of hosts. divisor: see
+    equal parts of the batch's images, so that the batch is the same whatever the number of hosts, and their images are
+    others but where one round through the bucket ends and the next begins. divisor: see
     `make_buckets`. Raises ValueError as `make_buckets`, and for a batch that the hosts cannot divide.
     """
     cached = isinstance(source, CachedLatents)
@@ -282,4 +292,5 @@ def batches(
         part = part.random_map(functools.partial(make_item, bucket=bucket))
         parts.append(part.batch(bucket.batch_size // hosts, drop_remainder=True)[host::hosts])
     dataset = grain.MapDataset.mix(parts, [bucket.weight for bucket in buckets])
-    return Batches(dataset, buckets, config, repr(source))
+    contents = repr(source) if text is None else f"{source!r} with {text!r}"
+    return Batches(dataset, buckets, config, contents)

@@ -55,6 +55,11 @@ class TextEmbeddings:
         self._keys, self._numbers = self._records.column(CAPTIONS_FILE, (2, len(self._records)), np.uint64)
         self.width = self[""].shape[1]
 
+    def __repr__(
+        self,
+    ) -> str:  # a checkpoint holds it: a folder's captions may grow, their encoder may not change
+        return f"TextEmbeddings({self._records.index['encoder']}, {self.width} channels)"
+
     def __reduce__(self) -> tuple:  # a memory-mapped array would be pickled as a whole
         return type(self), (self.folder,)
 

@@ -206,7 +206,7 @@ class DiT(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
 
         def body(x, block):
-            x = constrain(x, "batch")
+            x = constrain(x, "batch", None, None)
             return nnx.merge(graphdef, block)(x, conditioning, angles, text, text_lengths), None
 
         if self.config.remat != "none":

@@ -18,8 +18,8 @@ from zipir_jax.config import TrainConfig
 from zipir_jax.data.pipeline import Batches
 from zipir_jax.training.losses import lpips_net
 
-# What a resumed run may change, since no number depends on it; all else defines the run. The data's own state tells
-# whether they hold the same images.
+# What a resumed run may change; no number depends on it but where the comment says so. All else defines the run. The
+# data's own state tells whether they hold the same images.
 FREE_FIELDS = (
     "output",
     "checkpoint_minutes",
@@ -40,6 +40,9 @@ FREE_FIELDS = (
     "model.lp_vae.fine.remat",
     "model.dit.remat",
     "model.dit.attention",
+    "skip_limit",
+    "statistics_images",  # what was measured of them is in the checkpoint
+    "accumulate",  # on fewer devices it takes more; what is drawn at random is then drawn otherwise
     "steps",  # to train longer; the learning rate follows the new number's schedule from the next step on
 )
 
@@ -47,7 +50,10 @@ FREE_FIELDS = (
 def manager(config: TrainConfig) -> ocp.CheckpointManager:
     """Keeps the newest checkpoints of a run, and those that `keep_every` names."""
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=config.keep_last, keep_period=config.keep_every or None, create=True
+        max_to_keep=config.keep_last,
+        keep_period=config.keep_every or None,
+        create=True,
+        cleanup_tmp_directories=True,  # what a kill left half written
     )
     return ocp.CheckpointManager((Path(config.output) / "checkpoints").absolute(), options=options)
 
@@ -110,10 +116,23 @@ def encoder_digest(weights: dict) -> str:
 
 
 def save(
-    checkpoints: ocp.CheckpointManager, step: int, state: dict, data: Batches, run: dict, config: TrainConfig
+    checkpoints: ocp.CheckpointManager,
+    step: int,
+    state: dict,
+    data: Batches,
+    run: dict,
+    config: TrainConfig,
+    macro: dict,
 ) -> None:
-    """Start saving; returns once the arrays have been copied. `run` is the `fingerprint`."""
-    fields = {"fingerprint": run, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
+    """Start saving; returns once the arrays have been copied.
+
+    run: the `fingerprint`. macro: mu and sigma of z_macro, which the coarse stage measures once.
+    """
+    fields = {
+        "fingerprint": run,
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),
+        "macro": {name: np.asarray(macro[name]).tolist() for name in ("macro_mean", "macro_std")},
+    }
     checkpoints.save(
         step,
         args=ocp.args.Composite(
@@ -125,20 +144,31 @@ def save(
 
 
 def read_config(checkpoints: ocp.CheckpointManager, step: int) -> dict:
-    """{"fingerprint", "config"} of a checkpoint's run."""
+    """{"fingerprint", "config", "macro"} of a checkpoint's run, see `save`."""
     return checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
 
 def check_same_run(checkpoints: ocp.CheckpointManager, step: int, run: dict) -> None:
-    """Raises ValueError if the checkpoint's `fingerprint` differs from `run` in anything but FREE_FIELDS."""
+    """Raises ValueError if the checkpoint's `fingerprint` differs from `run` in anything but FREE_FIELDS.
+
+    A field that came into being later had its default value.
+    """
     saved = flatten_dict(read_config(checkpoints, step)["fingerprint"], sep=".")
     current = flatten_dict(run, sep=".")
+    defaults = flatten_dict(json.loads(json.dumps(dataclasses.asdict(TrainConfig()))), sep=".")
     for name in sorted(saved.keys() | current.keys()):
-        if name not in FREE_FIELDS and saved.get(name) != current.get(name):
+        before = saved.get(name, defaults.get(name))
+        if name not in FREE_FIELDS and before != current.get(name):
             raise ValueError(
                 f"{checkpoints.directory}: the checkpoint of step {step} was written with "
-                f"{name} = {saved.get(name)}, not {current.get(name)}; use another output folder"
+                f"{name} = {before}, not {current.get(name)}; use another output folder"
             )
+
+
+def macro_of(checkpoints: ocp.CheckpointManager, step: int) -> dict:
+    """mu and sigma of z_macro of a checkpoint's run: {"macro_mean", "macro_std"}, float32 [3]."""
+    saved = read_config(checkpoints, step)["macro"]
+    return {name: np.array(values, np.float32) for name, values in saved.items()}
 
 
 def restore_ema(checkpoints: ocp.CheckpointManager, step: int, abstract_ema: dict) -> dict:

@@ -26,7 +26,7 @@ def run_weights(run: Path, step: int | None = None) -> tuple[ModelConfig, dict]:
     config = dacite.from_dict(TrainConfig, fields, dacite.Config(cast=[tuple], strict=True))
     pretrained = load_pretrained(config)
     source, _ = open_data(config)
-    groups = starting_groups(config, pretrained, source)
+    groups = starting_groups(config, pretrained, source, checkpoint.macro_of(checkpoints, step))
     state = jax.eval_shape(functools.partial(create_state, config), jax.random.key(0), groups)
     ema = checkpoint.restore_ema(checkpoints, step, state["ema"])
     return config.model, whole_weights(config, pretrained | groups, ema, source)

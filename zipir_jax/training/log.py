@@ -27,7 +27,7 @@ class MetricsLog:
 
     images_per_second   over all devices
     step_seconds        mean time of a step
-    data_wait           share of the time in which the devices waited for data
+    data_wait           share of the time that the loop waited for data; the devices may be at the step before
     tflops_per_second   over all devices
     mfu                 FLOPs done / what the devices could do at their peak, if that is known
 

@@ -42,6 +42,10 @@ STATISTICS_BATCH = 8  # images, which one device encodes at once
 SAVE, STOP = 1, 2  # what a process may ask of all, see `train`
 
 
+class DivergedError(ValueError):
+    """The gradients stay not finite: to start again would not help."""
+
+
 def train(config: TrainConfig, resume: str = "") -> Path:
     """Train one stage and return the folder of its weights (EMA), `output`/weights.
 
@@ -49,9 +53,10 @@ def train(config: TrainConfig, resume: str = "") -> Path:
     differ from its run's in `checkpoint.FREE_FIELDS` alone. Of these only `steps` acts on the numbers: the learning
     rate follows the new number's schedule from the next step on.
 
-    Raises ValueError, before anything is compiled, for a config that cannot work, and when `skip_limit` steps in a row
-    had a gradient that is not finite. Ctrl-C and SIGTERM, at any of the processes, let all of them end the running
-    step and save a checkpoint; then KeyboardInterrupt or, for SIGTERM, SystemExit with status 0 is raised.
+    Raises ValueError, before anything is compiled, for a config that cannot work; DivergedError when `skip_limit` steps
+    in a row had a gradient that is not finite; RuntimeError where files or data fail while it trains: to go on from the
+    last checkpoint may help. Ctrl-C and SIGTERM, at any of the processes, let all of them end the running step and save
+    a checkpoint; then KeyboardInterrupt or, for SIGTERM, SystemExit with status 0 is raised.
     """
     # -- check -------------------------------------------------------------------------------------
     check(config)
@@ -61,18 +66,19 @@ def train(config: TrainConfig, resume: str = "") -> Path:
     source, text = open_data(config)
     data = training_batches(config, source, text, mesh)
     checkpoints = checkpoint.manager(config)
-    resumed = checkpoint.find(checkpoints, resume)
+    resumed = _agreed(checkpoint.find(checkpoints, resume))
     if first_process:
         for line in source.damaged:
             print(line, file=sys.stderr)
 
     # -- state -------------------------------------------------------------------------------------
-    start_from = starting_groups(config, pretrained, source)
+    macro = None if resumed is None else checkpoint.macro_of(checkpoints, resumed)
+    start_from = starting_groups(config, pretrained, source, macro)
     if config.data.latents and source.encoder != checkpoint.encoder_digest(start_from):
         raise ValueError(
             f"{config.data.latents}: other encoders made these latents than {config.init_from} holds"
         )
-    # Without what was measured here: another machine may round it differently, and is welcome to go on.
+    # Without what is measured here: it follows from the images, and another machine may round it differently.
     run = checkpoint.fingerprint(
         config, {name: start_from[name] for name in start_from if name in pretrained}
     )
@@ -84,6 +90,7 @@ def train(config: TrainConfig, resume: str = "") -> Path:
     if resumed is None:
         groups = parallel.put(start_from, parallel.parameter_shardings(mesh, start_from))
         state = jax.jit(create, out_shardings=shardings)(keys[0], groups)
+        del groups  # what the state was made of is in it
     else:
         checkpoint.check_same_run(checkpoints, resumed, run)
         if resumed > config.steps:
@@ -99,6 +106,10 @@ def train(config: TrainConfig, resume: str = "") -> Path:
 
     # -- compile -----------------------------------------------------------------------------------
     first = step = resumed or 0
+    log = None
+    if first_process:  # here already, as compiling is time that a training takes
+        peak = peak_flops(jax.devices()[0].device_kind)
+        log = MetricsLog(output, step, peak and peak * jax.device_count())
     adversarial_from = config.loss.adversarial_start if state["params"]["discriminator"] else config.steps
     phases = {step >= adversarial_from for step in (first, config.steps - 1)} if first < config.steps else ()
     programs, buckets = {}, {(bucket.height, bucket.width): bucket for bucket in data.buckets}
@@ -110,15 +121,12 @@ def train(config: TrainConfig, resume: str = "") -> Path:
         if first_process:
             shape = f"{bucket.batch_size} crops of {bucket.width} x {bucket.height}"
             print(f"compiled: {shape}, {time.monotonic() - began:.1f} s", file=sys.stderr)
-    if config.sample_every:
+    if config.sample_every and first < config.steps:
         preview_batch = parallel.put(preview_images(config, source, text), parallel.replicated(mesh))
-    preview = jax.jit(functools.partial(stage.preview, config), out_shardings=parallel.replicated(mesh))
+        preview = jax.jit(functools.partial(stage.preview, config), out_shardings=parallel.replicated(mesh))
+        preview = preview.lower(abstract["ema"], read_only, preview_batch, keys[1]).compile()
 
     # -- loop --------------------------------------------------------------------------------------
-    log = None
-    if first_process:
-        peak = peak_flops(jax.devices()[0].device_kind)
-        log = MetricsLog(output, step, peak and peak * jax.device_count())
     saved_at, asked = time.monotonic(), False
     running, stop = None, False
     bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=not first_process)
@@ -128,7 +136,7 @@ def train(config: TrainConfig, resume: str = "") -> Path:
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         wish, skipped = metrics.pop("wish"), metrics.pop("skipped_in_a_row")
         if skipped >= config.skip_limit:
-            raise ValueError(_not_finite(step, skipped, metrics, checkpoints))
+            raise DivergedError(_not_finite(step, skipped, metrics, checkpoints))
         if log:
             log.add(step, metrics, **counts)
             report(bar, metrics, counts)
@@ -136,7 +144,7 @@ def train(config: TrainConfig, resume: str = "") -> Path:
 
     closing = contextlib.closing(log) if log else contextlib.nullcontext()
     profiler = contextlib.ExitStack()
-    with closing, contextlib.closing(data), bar, profiler, delayed_signals() as received:
+    with _failing(), closing, contextlib.closing(data), bar, profiler, delayed_signals() as received:
         while step < config.steps and not stop:
             began = time.monotonic()
             if step == max(config.profile[0], first) < config.profile[1]:
@@ -160,10 +168,9 @@ def train(config: TrainConfig, resume: str = "") -> Path:
             wish = finish(*running) if running else 0
             kept = config.keep_every and step % config.keep_every == 0
             save = wish >= SAVE or kept or step == config.steps
-            if save:
-                jax.block_until_ready(
-                    metrics
-                )  # the time that this step takes is its own, not the checkpoint's
+            sample = config.sample_every and (step % config.sample_every == 0 or step == config.steps)
+            if save or sample:
+                jax.block_until_ready(metrics)  # what follows would wait for this step, in time of its own
             images = buckets[size].batch_size
             counts = {
                 "images": images,
@@ -181,18 +188,18 @@ def train(config: TrainConfig, resume: str = "") -> Path:
                 wish, running = max(wish, finish(*running)), None
                 if log:
                     log.write()
-                checkpoint.save(checkpoints, step, state, data, run, config)
+                checkpoint.save(checkpoints, step, state, data, run, config, frozen["statistics"])
                 saved_at, asked, stop = time.monotonic(), False, wish >= STOP
-            if config.sample_every and (step % config.sample_every == 0 or step == config.steps):
+            if sample:
                 columns = jax.device_get(preview(state["ema"], read_only, preview_batch, keys[1]))
                 if log:
                     picture = grid(columns)
                     write_image(output / "samples" / f"{step:07d}.png", picture)
                     log.grid(step, picture)
         checkpoints.wait_until_finished()
-    if data.unreadable or source.damaged:
-        count = len(data.unreadable) + len(source.damaged)
-        print(f"{count} images could not be read; others stood in for them", file=sys.stderr)
+    unreadable = len(source.damaged) + _sum_over_processes(len(data.unreadable))
+    if first_process and unreadable:
+        print(f"{unreadable} images or captions could not be read; others stood in for them", file=sys.stderr)
     if first_process and step > first:
         shown = {name: value for name, value in metrics.items() if name not in ("wish", "skipped_in_a_row")}
         last = ", ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
@@ -224,15 +231,17 @@ def load_pretrained(config: TrainConfig) -> dict:
     """The groups of `init_from`, numpy arrays. Raises ValueError for those of another model, naming the part."""
     if not config.init_from:
         return {}
-    needed = STAGES[config.stage].needs(config)
-    model, pretrained = load_weights(config.init_from, needed)
+    needed, makes = STAGES[config.stage].needs(config), STAGES[config.stage].MAKES
+    # What a stage only hands on, one process reads: it may be billions of parameters.
+    wanted = None if jax.process_index() == 0 else (*needed, *makes)
+    model, pretrained = load_weights(config.init_from, needed, wanted)
     for part in ("lp_vae", "dit", "diffusion"):
         if _meaning(getattr(model, part)) != _meaning(getattr(config.model, part)):
             other = f"{config.init_from}: these weights have another {part} than the config"
             if part == "lp_vae" or "dit" in needed:
                 raise ValueError(other)
             # An LP-VAE serves any DiT, but a DiT of another config is neither gone on from nor handed on.
-            if pretrained.pop("dit", None) is not None:
+            if pretrained.pop("dit", None) is not None and jax.process_index() == 0:
                 print(f"{other}; their DiT is not used", file=sys.stderr)
     return pretrained
 
@@ -244,14 +253,17 @@ def _meaning(part: LPVAEConfig | DiTConfig | DiffusionConfig) -> dict:
     return {path: value for path, value in fields.items() if path[-1] not in free}
 
 
-def starting_groups(config: TrainConfig, pretrained: dict, source) -> dict:
-    """What a stage makes its state of: groups that it reads or goes on from, and "statistics", measured if need be."""
+def starting_groups(config: TrainConfig, pretrained: dict, source, macro: dict | None = None) -> dict:
+    """What a stage makes its state of: groups that it reads or goes on from, and "statistics".
+
+    The first stage has none: they are `macro`, mu and sigma of z_macro, if these are known, or measured.
+    """
     stage = STAGES[config.stage]
     groups = {
         name: group for name, group in pretrained.items() if name in (*stage.needs(config), *stage.MAKES)
     }
-    if "statistics" not in groups:  # the first stage: mu and sigma of z_macro
-        groups["statistics"] = macro_statistics(statistics_images(config, source))
+    if "statistics" not in groups:
+        groups["statistics"] = macro or macro_statistics(statistics_images(config, source))
     return groups
 
 
@@ -350,6 +362,31 @@ def compile_step(
         )
 
 
+@contextlib.contextmanager
+def _failing():
+    """An OSError or ValueError of a running training is no fault of its settings."""
+    try:
+        yield
+    except DivergedError:
+        raise
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"training failed: {error}") from error
+
+
+def _agreed(step):
+    """The first process' answer: on a shared file system others may see a new checkpoint later."""
+    if jax.process_count() == 1:
+        return step
+    answer = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return None if answer < 0 else answer
+
+
+def _sum_over_processes(count):
+    return (
+        count if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(count)).sum())
+    )
+
+
 def _put_batch(mesh, batch, wish):
     """The batch, and this process' wish once for each of the batch's parts that it holds, on the devices."""
     parts = parallel.batch_parts(mesh) // jax.process_count()
@@ -371,8 +408,8 @@ def check(config: TrainConfig) -> None:
     """Raises ValueError, with the number, for settings that contradict each other."""
     if config.stage not in STAGES:
         raise ValueError(f"stage {config.stage!r} is not one of {', '.join(STAGES)}")
-    if not config.output:
-        raise ValueError("output is empty: name the folder of the run")
+    if not config.output or "://" in config.output:
+        raise ValueError(f"output {config.output!r} is no folder: name one that all processes share")
     if config.data.latents and config.stage != "dit":
         raise ValueError(f"data.latents serves the stage dit; {config.stage} needs images")
     if not config.data.sources and not config.data.latents:

@@ -16,8 +16,8 @@ import ml_dtypes  # noqa: F401 -- with it numpy, and so safetensors, knows bfloa
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from zipir_jax.config import ModelConfig
 from zipir_jax.files import replacing
@@ -49,8 +49,8 @@ def abstract_weights(config: ModelConfig) -> dict:
 def save_weights(folder: Path, config: ModelConfig, weights: dict, file_format: str = "safetensors") -> None:
     """Write a config and its weights as "safetensors" or "orbax"; dtypes are kept.
 
-    A reader finds the old files or the new, never half of one. Raises ValueError for another format, and for one where
-    the folder holds the other.
+    A reader of safetensors finds the old files or the new, never half of one. Raises ValueError for another format,
+    and for one where the folder holds the other.
     """
     folder = Path(folder)
     if file_format not in FILES:
@@ -73,11 +73,13 @@ def _save_safetensors(folder, weights):
         file.write(save(tensors))  # `save_file` would let nobody but the owner read it
 
 
-def load_weights(folder: Path | str, needed: tuple[str, ...]) -> tuple[ModelConfig, dict]:
-    """The config and all groups, float32 numpy arrays. "default" means the weights that come with the package.
+def load_weights(
+    folder: Path | str, needed: tuple[str, ...], wanted: tuple[str, ...] | None = None
+) -> tuple[ModelConfig, dict]:
+    """The config and the groups that are there, float32 numpy arrays; of them only `wanted`, if given.
 
-    Raises ValueError, naming the folder and the tensor, if a file or a needed group is missing or a shape is not the
-    config's.
+    "default" means the weights that come with the package. Raises ValueError, naming the folder and the tensor, if a
+    file or a needed group is missing or a shape is not the config's.
     """
     folder = DEFAULT if folder == "default" else Path(folder)
     if not (folder / "config.json").is_file():
@@ -90,9 +92,8 @@ def load_weights(folder: Path | str, needed: tuple[str, ...]) -> tuple[ModelConf
             json.loads((folder / "config.json").read_text()),
             dacite.Config(cast=[tuple], strict=True),
         )
-        loaded = (
-            _load_safetensors(folder) if (folder / FILES["safetensors"]).exists() else _load_orbax(folder)
-        )
+        load = _load_safetensors if (folder / FILES["safetensors"]).exists() else _load_orbax
+        loaded = load(folder, wanted)
     except (ValueError, TypeError, AttributeError, dacite.DaciteError, SafetensorError, OSError) as error:
         raise ValueError(f"{folder}: the weights cannot be read ({error})") from None
     loaded = jax.tree.map(lambda tensor: np.asarray(tensor, np.float32), loaded)
@@ -101,10 +102,10 @@ def load_weights(folder: Path | str, needed: tuple[str, ...]) -> tuple[ModelConf
     for group, tree in loaded.items():
         if group not in expected:
             raise ValueError(f"{folder}: unknown group {group}; a model has {', '.join(expected)}")
-        wanted = expected[group]
+        shapes = expected[group]
         if group == "statistics":  # those of the whole latent are there from the fine stage on
-            wanted = {name: s for name, s in wanted.items() if name in tree or not name.startswith("latent_")}
-        check_shapes(f"{folder}: {group}", tree, wanted)
+            shapes = {name: s for name, s in shapes.items() if name in tree or not name.startswith("latent_")}
+        check_shapes(f"{folder}: {group}", tree, shapes)
     return config, loaded
 
 
@@ -115,15 +116,23 @@ def check_groups(folder: Path, weights: dict, needed: tuple[str, ...]) -> None:
             raise ValueError(f"{folder}: the weights have no {group}; they hold {', '.join(sorted(weights))}")
 
 
-def _load_safetensors(folder):
-    tensors = load_file(folder / FILES["safetensors"])
-    return unflatten_dict({tuple(name.split(".")): tensor for name, tensor in tensors.items()})
+def _load_safetensors(folder, wanted):
+    with safe_open(folder / FILES["safetensors"], framework="numpy") as file:
+        paths = {name: tuple(name.split(".")) for name in file.keys()}  # noqa: SIM118 -- no dict
+        return unflatten_dict(
+            {
+                path: file.get_tensor(name)
+                for name, path in paths.items()
+                if wanted is None or path[0] in wanted
+            }
+        )
 
 
-def _load_orbax(folder):
+def _load_orbax(folder, wanted):
     path = (folder / FILES["orbax"]).absolute()
     with ocp.PyTreeCheckpointer() as checkpointer:
         # As numpy arrays: the devices that wrote them may not be here.
         tree = checkpointer.metadata(path).item_metadata.tree
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return checkpointer.restore(path, restore_args=arguments)
+        groups = checkpointer.restore(path, restore_args=arguments)
+    return {name: group for name, group in groups.items() if wanted is None or name in wanted}

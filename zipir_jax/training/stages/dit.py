@@ -45,7 +45,8 @@ def gradients(
     timestep_key, noise_key = jax.random.split(key)
 
     def condition(x):  # whole latents, even where the encoder divided the height of the images over devices
-        return constrain(jnp.repeat(x, config.noise_draws, 0), "batch")
+        x = jnp.repeat(x, config.noise_draws, 0)
+        return constrain(x, "batch", *[None] * (x.ndim - 1))
 
     clean, lq = (
         condition(whiten(latent, frozen["statistics"])) for latent in _latents(config, frozen, batch)
