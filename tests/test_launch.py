@@ -13,7 +13,7 @@ import pytest
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 CONFIG = "configs/my experiment.py"
-OVERRIDES = ["--data.folder", "photos of $HOME's 'cat'", "--steps", "7", "--output", ""]
+OVERRIDES = ["--data.sources", "photos of $HOME's 'cat'", "--steps", "7", "--output", ""]
 TRAINER = ["-m", "zipir_jax.train", "--config", CONFIG, "--resume", "auto", *OVERRIDES]
 
 # Every stand-in writes what it was called with. The trainer then does what the file `plan` says of its n-th start: end

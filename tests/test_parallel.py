@@ -93,6 +93,25 @@ def test_without_a_mesh_nothing_is_constrained():
     assert parallel.constrain(x, "batch") is x
 
 
+def test_dimensions_that_are_not_named_are_left_as_they_are():
+    """As the height of images in micro-batches, which may be divided; named None, a dimension is whole."""
+    x, free = jnp.ones((3, 2, 4)), P.UNCONSTRAINED
+    with jax.set_mesh(parallel.make_mesh(MeshConfig())):
+        for axes, expected in (
+            ((None, "batch"), P(None, ("data", "fsdp"), free)),
+            (("batch", None, None), P(("data", "fsdp"), None, None)),
+        ):
+            jaxpr = jax.make_jaxpr(lambda x, axes=axes: parallel.constrain(x, *axes))(x)
+            assert jaxpr.eqns[0].params["sharding"].spec == expected
+
+
+def test_large_parameters_that_do_not_divide_are_an_error():
+    with pytest.raises(
+        ValueError, match=r"mlp\.up\.kernel of shape \(24, 2048, 8192\) does not divide over mesh\.fsdp 48"
+    ):
+        parallel.parameter_spec(mesh(1, 48, 1), "dit.blocks.mlp.up.kernel", (24, 2048, 8192))
+
+
 # --------------------------------------------------------------------------------------------------
 # Meshes
 # --------------------------------------------------------------------------------------------------

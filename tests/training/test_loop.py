@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 from safetensors.numpy import load_file
 
-from zipir_jax.training import log, loop
+from zipir_jax.training import checkpoint, log, loop
 from zipir_jax.training.checkpoint import fingerprint
 from zipir_jax.training.losses import lpips_net
 from zipir_jax.training.stages import STAGES
@@ -543,3 +543,31 @@ def test_a_run_that_ends_while_the_profiler_records_keeps_the_trace(config, monk
 def test_without_being_asked_there_is_no_trace(config):
     loop.train(config)
     assert not (Path(config.output) / "profile").exists()
+
+
+def test_a_resumed_run_may_have_settings_that_its_checkpoint_does_not_know(config, monkeypatch):
+    """Those that came into being later; they had their default values."""
+    loop.train(dataclasses.replace(config, steps=2))
+    read = checkpoint.read_config
+
+    def read_without(checkpoints, step):
+        fields = read(checkpoints, step)
+        del fields["fingerprint"]["loss"]["kl"]
+        return fields
+
+    monkeypatch.setattr(checkpoint, "read_config", read_without)
+    loop.train(dataclasses.replace(config, steps=3), resume="auto")
+    other = dataclasses.replace(config, steps=4, loss=dataclasses.replace(config.loss, kl=1e-3))
+    with pytest.raises(ValueError, match=r"written with loss\.kl = 1e-06, not 0\.001"):
+        loop.train(other, resume="auto")
+
+
+def test_what_fails_while_a_run_trains_is_no_fault_of_its_settings(config, monkeypatch):
+    """So that it ends with another status, after which the launch scripts start again."""
+
+    def fail(bar, metrics, counts):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(loop, "report", fail)
+    with pytest.raises(RuntimeError, match="training failed: .*Stale file handle"):
+        loop.train(config)

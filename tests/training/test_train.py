@@ -495,7 +495,7 @@ def test_a_run_with_fewer_steps_than_it_has_had_is_refused(trained):
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["fine", "pixel_decoder"])
+@pytest.mark.parametrize("stage", ["coarse", "fine", "pixel_decoder"])
 def test_the_weights_of_a_checkpoint_are_those_that_its_run_writes(trained, stage):
     config, weights = trained(stage)
     model, groups = run_weights(Path(config.output))
