@@ -569,5 +569,5 @@ def test_what_fails_while_a_run_trains_is_no_fault_of_its_settings(config, monke
         raise OSError(116, "Stale file handle")
 
     monkeypatch.setattr(loop, "report", fail)
-    with pytest.raises(RuntimeError, match="training failed: .*Stale file handle"):
+    with pytest.raises(RuntimeError, match=r"training failed: .*Stale file handle"):
         loop.train(config)
