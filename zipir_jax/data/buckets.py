@@ -50,7 +50,9 @@ def make_buckets(
     Raises ValueError for a batch_size that it does not divide, and for a resolution that no image has.
     """
     if not config.batch_tokens and config.batch_size % divisor:
-        raise ValueError(f"data.batch_size {config.batch_size} is not a multiple of {divisor}")
+        raise ValueError(
+            f"data.batch_size {config.batch_size} is not a multiple of {divisor}, the devices that share it x accumulate"
+        )
     heights, widths = sizes[:, 0], sizes[:, 1]
     fits = np.equal if exact else np.greater_equal
     shares = np.array(config.resolution_weights or [1.0] * len(config.resolutions))
