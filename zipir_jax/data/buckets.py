@@ -51,7 +51,7 @@ def make_buckets(
     """
     if not config.batch_tokens and config.batch_size % divisor:
         raise ValueError(
-            f"data.batch_size {config.batch_size} is not a multiple of {divisor}, the devices that share it x accumulate"
+            f"data.batch_size {config.batch_size} is not a multiple of {divisor}: devices that share it x accumulate"
         )
     heights, widths = sizes[:, 0], sizes[:, 1]
     fits = np.equal if exact else np.greater_equal
