@@ -112,12 +112,13 @@ def train(config: TrainConfig, resume: str = "") -> Path:
         log = MetricsLog(output, step, peak and peak * jax.device_count())
     adversarial_from = config.loss.adversarial_start if state["params"]["discriminator"] else config.steps
     phases = {step >= adversarial_from for step in (first, config.steps - 1)} if first < config.steps else ()
-    programs, buckets = {}, {(bucket.height, bucket.width): bucket for bucket in data.buckets}
+    programs, work = {}, {}  # of each size and phase
     for bucket, adversarial in itertools.product(data.buckets, sorted(phases)):
         began = time.monotonic()
-        programs[bucket.height, bucket.width, adversarial] = compile_step(
-            config, mesh, bucket, adversarial, abstract, read_only
-        )
+        size, images = (bucket.height, bucket.width), bucket.batch_size
+        programs[*size, adversarial] = compile_step(config, mesh, bucket, adversarial, abstract, read_only)
+        flops = images * training_flops(config, *size, adversarial=adversarial)
+        work[*size, adversarial] = {"images": images, "flops": flops}
         if first_process:
             shape = f"{bucket.batch_size} crops of {bucket.width} x {bucket.height}"
             print(f"compiled: {shape}, {time.monotonic() - began:.1f} s", file=sys.stderr)
@@ -159,9 +160,8 @@ def train(config: TrainConfig, resume: str = "") -> Path:
             due = first_process and not asked and time.monotonic() - saved_at > 60 * config.checkpoint_minutes
             asked = asked or due
             wish = STOP if received else SAVE if due else 0
-            size, adversarial = crop_size(batch), step >= adversarial_from
-            program = programs[*size, adversarial]
-            state, metrics = program(state, read_only, *_put_batch(mesh, batch, wish))
+            kind = *crop_size(batch), step >= adversarial_from
+            state, metrics = programs[kind](state, read_only, *_put_batch(mesh, batch, wish))
             step += 1
             bar.update()
             # Metrics are fetched one step late, so that the device has its next step before we wait.
@@ -171,14 +171,8 @@ def train(config: TrainConfig, resume: str = "") -> Path:
             sample = config.sample_every and (step % config.sample_every == 0 or step == config.steps)
             if save or sample:
                 jax.block_until_ready(metrics)  # what follows would wait for this step, in time of its own
-            images = buckets[size].batch_size
-            counts = {
-                "images": images,
-                "flops": images * training_flops(config, *size, adversarial=adversarial),
-                "data_seconds": waited,
-                "seconds": time.monotonic() - began,
-            }
-            running = step, metrics, counts
+            clock = {"data_seconds": waited, "seconds": time.monotonic() - began}
+            running = step, metrics, work[kind] | clock
             if step == config.profile[1]:
                 jax.block_until_ready(state)
                 profiler.close()
