@@ -1,12 +1,10 @@
 """Measure what training and restoring cost: `python -m zipir_jax.benchmark COMMAND --help`."""
 
-import json
-import sys
 from pathlib import Path
 
-from zipir_jax.command_line import machine, parse, run
+from zipir_jax.command_line import parse, run
 from zipir_jax.config import MODELS, DegradationConfig, LossConfig, TrainConfig
-from zipir_jax.files import check_writable, replacing
+from zipir_jax.files import check_writable
 
 # Trainings of the paper whose appetite for data is stated: stage, preset of the model.
 TRAININGS = {
@@ -36,10 +34,10 @@ def pipeline(
         output: JSON file to write
     """
     from zipir_jax.data.speed import pipeline_speed
+    from zipir_jax.measure.report import finish, table
 
     if output is not None:
         check_writable(output.parent)
-    command = " ".join(["python -m zipir_jax.benchmark", *sys.argv[1:]])
     print(f"| crop, px | degraded | images/s, {threads} threads | images/s a core |\n|---|---|---|---|")
     rows = []
     for resolution in resolutions:
@@ -52,16 +50,10 @@ def pipeline(
     print(
         f"\nImages a second that one {DEVICE} takes at {UTILISATION:.0%} of its peak, and the cores that make them:\n"
     )
-    print("| training | crop, px | images/s | cores |\n|---|---|---|---|")
-    for need in needs:
-        numbers = f"{need['images_per_second']:.1f} | {need['cores']:.1f}"
-        print(f"| {need['training']} | {need['resolution']} | {numbers} |")
-    print(f"\n`{command}`\n\n{machine()}")
-    if output is not None:
-        report = {"command": command, "machine": machine(), "speeds": rows, "device": DEVICE}
-        report |= {"utilisation": UTILISATION, "needs": needs}
-        with replacing(output) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+    columns = {"training": "{training}", "crop, px": "{resolution}"}
+    columns |= {"images/s": "{images_per_second:.1f}", "cores": "{cores:.1f}"}
+    print(table(needs, columns))
+    finish(output, {"speeds": rows, "device": DEVICE, "utilisation": UTILISATION, "needs": needs})
 
 
 def cores_needed(speeds: list[dict]) -> list[dict]:

@@ -430,7 +430,10 @@ class DiTConfig:
     patch: int = 1  # latent pixels a token covers on each side
     latent_channels: int = 64
     bias: bool = False  # in the linear layers of attention and feed-forward
-    attention: str = "xla"  # implementation: see models/attention.py
+    attention: str = "xla"  # implementation: xla, cudnn or splash, see models/attention.py
+    # What the LQ tokens attend to: joint, as in the paper, to all tokens; static, to one another and not to the
+    # timestep, so that sampling computes their keys and values once per image.
+    lq_attention: str = "joint"
     compute_dtype: str = "bfloat16"
     remat: str = "none"  # what training computes anew instead of keeping: see REMAT in models/dit.py
 
@@ -442,7 +445,8 @@ class DiTConfig:
                 f"width {self.width} over {self.heads} heads is not a multiple of 4 channels a head, "
                 "which 2-D rotary positions need"
             )
-        _check_one_of("attention", self.attention, ("xla", "cudnn"))
+        _check_one_of("attention", self.attention, ("xla", "cudnn", "splash"))
+        _check_one_of("lq_attention", self.lq_attention, ("joint", "static"))
         _check_one_of("remat", self.remat, ("none", "attention", "full"))
 
     @property

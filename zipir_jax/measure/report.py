@@ -1,0 +1,29 @@
+"""How what was measured is told: a table in Markdown and a JSON file, with the command, the hardware and the versions."""
+
+import json
+import sys
+from pathlib import Path
+
+from zipir_jax.command_line import machine
+from zipir_jax.files import replacing
+
+
+def table(rows: list[dict], columns: dict[str, str]) -> str:
+    """A Markdown table. columns: the heading of each, and how a row (a dict) fills it, as `str.format` takes it."""
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(pattern.format(**row) for pattern in columns.values())} |" for row in rows]
+    return "\n".join(lines)
+
+
+def command() -> str:
+    """The command line of this process, as a user would type it."""
+    return " ".join(["python -m zipir_jax.benchmark", *sys.argv[1:]])
+
+
+def finish(output: Path | None, content: dict) -> None:
+    """Print the command and the machine; write both and `content` to the JSON file `output`, if there is one."""
+    print(f"\n`{command()}`\n\n{machine()}")
+    if output is not None:
+        report = {"command": command(), "machine": machine()} | content
+        with replacing(output) as file:
+            file.write((json.dumps(report, indent=1) + "\n").encode())
