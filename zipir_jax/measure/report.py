@@ -1,4 +1,4 @@
-"""How what was measured is told: a table in Markdown and a JSON file, with the command, the hardware and the versions."""
+"""How what was measured is told: a Markdown table and a JSON file, with the command, the hardware and the versions."""
 
 import json
 import sys
