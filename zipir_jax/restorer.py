@@ -49,17 +49,17 @@ def denoise_latent(
     the same shapes the guidance acts.
     """
     dit = bind(DiT, config.dit, weights["dit"])
-    lq = {"lq": whiten(lq_latent, weights["statistics"])}
+    lq = whiten(lq_latent, weights["statistics"])
     schedule = linear_schedule(config.diffusion)
 
-    def predict(noisy, timesteps, condition):
-        return dit(noisy, timesteps, **condition)
+    def prepare(text):
+        condition = dit.read(lq, **text)  # once: every step uses it
+        predict = functools.partial(dit.denoise, condition=condition)
+        return predict_eps(predict, config.diffusion.prediction, schedule)
 
-    denoise = predict_eps(predict, config.diffusion.prediction, schedule)
-    negative = None if negative_text is None else lq | negative_text
     noise = initial_noise(keys, lq_latent.shape[1:])
     latent = ddim(
-        guided(denoise, sampling.guidance, lq | (text or {}), negative),
+        guided(prepare, sampling.guidance, text or {}, negative_text),
         keys,
         noise,
         schedule,

@@ -28,6 +28,10 @@ def denoise(noisy, timesteps, condition):
     return jnp.tanh(noisy * text + condition["latent"]) + timesteps[:, None, None, None] / 1000
 
 
+def prepare(condition):
+    return lambda noisy, timesteps: denoise(noisy, timesteps, condition)
+
+
 @pytest.fixture(name="calls")
 def make_calls():
     return []
@@ -35,9 +39,16 @@ def make_calls():
 
 @pytest.fixture(name="counted")
 def make_counted(calls):
-    def counted(noisy, timesteps, condition):
-        calls.append(noisy.shape[0])
-        return denoise(noisy, timesteps, condition)
+    """`prepare` that notes the batches of what it prepares and of what is denoised."""
+
+    def counted(condition):
+        calls.append(("prepare", condition["latent"].shape[0]))
+
+        def denoise_counted(noisy, timesteps):
+            calls.append(("denoise", noisy.shape[0]))
+            return denoise(noisy, timesteps, condition)
+
+        return denoise_counted
 
     return counted
 
@@ -46,7 +57,7 @@ def make_counted(calls):
 def test_one_call_gives_the_formula_of_two(guidance, counted, calls):
     condition, negative = make_condition(1), make_condition(2)
     eps = jax.jit(guided(counted, guidance, condition, negative))(NOISY, TIMESTEPS)
-    assert calls == [2 * BATCH]
+    assert calls == [("prepare", 2 * BATCH), ("denoise", 2 * BATCH)]
     with_, without = denoise(NOISY, TIMESTEPS, condition), denoise(NOISY, TIMESTEPS, negative)
     np.testing.assert_allclose(eps, without + guidance * (with_ - without), atol=2e-5)
     assert np.abs(np.asarray(eps - with_)).max() > 0.1
@@ -55,25 +66,26 @@ def test_one_call_gives_the_formula_of_two(guidance, counted, calls):
 def test_guidance_one_and_no_negative_call_the_plain_batch(counted, calls):
     condition, negative = make_condition(1), make_condition(2)
     expected = denoise(NOISY, TIMESTEPS, condition)
-    for denoise_guided in (guided(counted, 1.0, condition, negative), guided(counted, 3.5, condition)):
+    for given in ((1.0, condition, negative), (3.5, condition)):
+        denoise_guided = guided(counted, *given)
         np.testing.assert_array_equal(denoise_guided(NOISY, TIMESTEPS), expected)
-    assert calls == [BATCH, BATCH]
+    assert calls == 2 * [("prepare", BATCH), ("denoise", BATCH)]
 
 
 def test_equal_conditions_cancel_at_any_guidance():
     condition = make_condition(1)
-    eps = guided(denoise, 7.5, condition, condition)(NOISY, TIMESTEPS)
+    eps = guided(prepare, 7.5, condition, condition)(NOISY, TIMESTEPS)
     np.testing.assert_allclose(eps, denoise(NOISY, TIMESTEPS, condition), atol=1e-6)
 
 
 def test_difference_is_taken_in_float32():
-    def low_precision(noisy, timesteps, condition):
-        return denoise(noisy, timesteps, condition).astype(jnp.bfloat16)
+    def low_precision(condition):
+        return lambda *args: denoise(*args, condition).astype(jnp.bfloat16)
 
     eps = guided(low_precision, 3.5, make_condition(1), make_condition(2))(NOISY, TIMESTEPS)
     assert eps.dtype == jnp.float32
     with_, without = (
-        np.asarray(low_precision(NOISY, TIMESTEPS, make_condition(seed)), np.float32) for seed in (1, 2)
+        np.asarray(low_precision(make_condition(seed))(NOISY, TIMESTEPS), np.float32) for seed in (1, 2)
     )
     np.testing.assert_allclose(eps, without + 3.5 * (with_ - without), rtol=1e-6, atol=1e-6)
 
@@ -82,4 +94,4 @@ def test_conditions_of_different_structure_are_refused():
     negative = make_condition(2)
     del negative["latent"]
     with pytest.raises(ValueError, match="latent"):
-        guided(denoise, 3.5, make_condition(1), negative)
+        guided(prepare, 3.5, make_condition(1), negative)

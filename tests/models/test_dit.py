@@ -17,6 +17,7 @@ PLAIN = DiTConfig(
     layers=3, width=32, heads=2, mlp_ratio=2, text_width=0, latent_channels=8, compute_dtype="float32"
 )
 TEXT = dataclasses.replace(PLAIN, text_width=12)
+STATIC, STATIC_TEXT = (dataclasses.replace(config, lq_attention="static") for config in (PLAIN, TEXT))
 BATCH, HEIGHT, WIDTH, LENGTH = 2, 3, 5, 6
 
 
@@ -80,7 +81,13 @@ def test_it_starts_as_zero_made_of_blocks_that_are_the_identity(inputs):
     tokens = jax.random.normal(jax.random.key(1), (BATCH, 2 * HEIGHT * WIDTH, 32))
     conditioning = jax.random.normal(jax.random.key(2), (BATCH, 32))
     angles = jnp.tile(rotary_angles(HEIGHT, WIDTH, 16), (2, 1))
-    result = jax.jit(lambda p: bind(Block, TEXT, p)(tokens, conditioning, angles, inputs["text"]))(first)
+
+    @jax.jit
+    def run(params):
+        block = bind(Block, TEXT, params)
+        return block(tokens, conditioning, angles, text=block.read_text(inputs["text"]))
+
+    result = run(first)
     np.testing.assert_array_equal(result, tokens)
     kernels = params["blocks"]["mlp"]["up"]["kernel"]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.1  # each block has numbers of its own
@@ -96,27 +103,104 @@ def unrolled(config, params, inputs, *, lq_tokens=True):
     dit = bind(DiT, config, params)
     noisy, lq = inputs["noisy"], inputs["lq"]
     b, h, w, c = noisy.shape
-    x = dit.embed_noisy(noisy.reshape(b, h * w, c))
-    angles = rotary_angles(h, w, config.width // config.heads)
-    if lq_tokens:
-        x = jnp.concatenate([x, dit.embed_lq(lq.reshape(b, h * w, c))], 1)
-        angles = jnp.concatenate([angles, angles])
-    conditioning = dit.timestep_out(nnx.swish(dit.timestep_in(timestep_embedding(inputs["timesteps"]))))
+    x, lq = dit.embed_noisy(noisy.reshape(b, h * w, c)), dit.embed_lq(lq.reshape(b, h * w, c))
+    angles = once = rotary_angles(h, w, config.width // config.heads)
+    static = config.lq_attention == "static"
+    if lq_tokens and not static:
+        x, angles = jnp.concatenate([x, lq], 1), jnp.concatenate([angles, angles])
+    conditioning, clean = (
+        dit.timestep_out(nnx.swish(dit.timestep_in(timestep_embedding(timesteps))))
+        for timesteps in (inputs["timesteps"], jnp.zeros(1))
+    )
     for layer in range(config.layers):
         block = bind(Block, config, jax.tree.map(lambda p, layer=layer: p[layer], params["blocks"]))
-        x = block(x, conditioning, angles, inputs.get("text"), inputs.get("text_lengths"))
+        read = {"text": block.read_text(inputs["text"])} if "text" in inputs else {}
+        if lq_tokens and static:
+            lq, read["lq"] = block.read_lq(lq, clean, once)
+        x = block(x, conditioning, angles, **read, text_lengths=inputs.get("text_lengths"))
     shift, scale = jnp.split(dit.final_modulation(nnx.swish(conditioning))[:, None], 2, -1)
     return dit.head(dit.norm(x[:, : h * w]) * (1 + scale) + shift).reshape(b, h, w, c)
 
 
-def test_the_scanned_stack_equals_a_loop_over_its_slices(random_params, inputs):
-    params = random_params(DiT, TEXT)
-    expected = jax.jit(functools.partial(unrolled, TEXT))(params, inputs)
-    result = apply(TEXT, params, inputs)
+@pytest.mark.parametrize("config", [TEXT, STATIC_TEXT], ids=["joint", "static"])
+def test_the_scanned_stack_equals_a_loop_over_its_slices(random_params, inputs, config):
+    params = random_params(DiT, config)
+    expected = jax.jit(functools.partial(unrolled, config))(params, inputs)
+    result = apply(config, params, inputs)
     assert result.shape == (BATCH, HEIGHT, WIDTH, 8)
     assert result.dtype == jnp.float32
     np.testing.assert_allclose(result, expected, atol=1e-4)
     assert np.std(result) > 0.1
+
+
+# --------------------------------------------------------------------------------------------------
+# What is computed once an image
+# --------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply_cached(config, params, inputs):
+    """What a step of the sampler computes: `denoise` with what `read` made."""
+    dit = bind(DiT, config, params)
+    given = {name: inputs[name] for name in ("lq", "text", "text_lengths") if name in inputs}
+    return dit.denoise(inputs["noisy"], inputs["timesteps"], dit.read(**given))
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+@pytest.mark.parametrize("lq_attention", ["joint", "static"])
+@pytest.mark.parametrize("text", [False, True])
+def test_what_is_read_once_serves_as_what_is_read_anew(random_params, inputs, text, lq_attention, patch):
+    config = dataclasses.replace(TEXT if text else PLAIN, lq_attention=lq_attention, patch=patch)
+    params = random_params(DiT, config)
+    given = inputs if text else without_text(inputs)
+    given = given | {name: jnp.tile(given[name], (1, patch, patch, 1)) for name in ("noisy", "lq")}
+    expected = apply(config, params, given)
+    np.testing.assert_allclose(apply_cached(config, params, given), expected, atol=1e-5)
+    assert np.std(expected) > 0.1
+
+
+@pytest.mark.parametrize("config", [TEXT, STATIC_TEXT], ids=["joint", "static"])
+def test_branches_of_the_guidance_share_the_lq_tokens(random_params, inputs, config):
+    # Two texts an image, one latent: the second half of the batch is the first one's images with other texts.
+    params = random_params(DiT, config)
+    other = inputs | {"text": inputs["text"][::-1] + 0.5, "text_lengths": inputs["text_lengths"][::-1]}
+    both = {name: jnp.concatenate([inputs[name], other[name]]) for name in inputs if name != "lq"}
+    result = apply_cached(config, params, both | {"lq": inputs["lq"]})
+    for half, given in zip(jnp.split(result, 2), (inputs, other), strict=True):
+        np.testing.assert_allclose(half, apply(config, params, given), atol=1e-5)
+
+
+def test_static_lq_tokens_see_neither_timestep_nor_text_nor_noise(random_params, inputs):
+    params = random_params(DiT, STATIC_TEXT)
+
+    @jax.jit
+    def keys_values(given):
+        dit = bind(DiT, STATIC_TEXT, params)
+        return dit.read(given["lq"], given["text"], given["text_lengths"])["lq"]
+
+    key, _ = before = keys_values(inputs)
+    assert key.shape == (3, BATCH, HEIGHT * WIDTH, 2, 16)
+    jax.tree.map(np.testing.assert_array_equal, before, keys_values(inputs | {"text": inputs["text"] + 1}))
+    changed = keys_values(inputs | {"lq": inputs["lq"].at[0, 0, 0].add(1.0)})
+    difference = np.abs(changed[0] - key).max((0, 3, 4))
+    assert difference[0].min() > 0  # every token of the first item sees every other one
+    assert difference[1].max() == 0
+
+
+def test_joint_and_static_share_their_parameters_and_differ_in_their_result(random_params, inputs):
+    params = random_params(DiT, TEXT)
+    assert abstract_params(DiT, STATIC_TEXT) == abstract_params(DiT, TEXT)
+    difference = apply(STATIC_TEXT, params, inputs) - apply(TEXT, params, inputs)
+    assert np.abs(difference).max() > 1e-2
+
+
+def test_a_condition_of_another_size_is_refused(random_params, inputs):
+    for config in (PLAIN, STATIC):
+        params, given = random_params(DiT, config), without_text(inputs)
+        dit = bind(DiT, config, params)
+        condition = dit.read(given["lq"])
+        with pytest.raises(ValueError, match="20 noisy tokens, but 15 of the LQ latent"):
+            dit.denoise(jnp.zeros((BATCH, 4, 5, 8)), given["timesteps"], condition)
 
 
 def test_an_lq_token_stands_where_its_noisy_token_stands(random_params, inputs):
@@ -217,8 +301,11 @@ def test_latents_that_patches_do_not_fit_are_refused(inputs):
     given = without_text(inputs) | {
         name: inputs[name][:, : 2 * (HEIGHT // 2) - 1] for name in ("noisy", "lq")
     }
-    with pytest.raises(ValueError, match="they must agree, with sides in multiples of 2"):
+    with pytest.raises(ValueError, match="sides that are not multiples of the patch 2"):
         jax.eval_shape(functools.partial(apply, config), abstract_params(DiT, config), given)
+    given = without_text(inputs) | {"lq": inputs["lq"][:, 1:]}
+    with pytest.raises(ValueError, match="they must agree"):
+        jax.eval_shape(functools.partial(apply, PLAIN), abstract_params(DiT, PLAIN), given)
 
 
 def test_queries_and_keys_are_normalised(random_params, inputs):

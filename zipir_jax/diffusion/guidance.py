@@ -14,25 +14,27 @@ from jaxtyping import Array, PyTree
 
 
 def guided(
-    denoise: Callable[[Array, Array, PyTree], Array],
+    prepare: Callable[[PyTree], Callable[[Array, Array], Array]],
     guidance: float,
     condition: PyTree,
     negative: PyTree | None = None,
 ) -> Callable[[Array, Array], Array]:
-    """The guided `denoise(noisy, timesteps) -> eps` of a `denoise(noisy, timesteps, condition) -> eps`.
+    """The guided `denoise(noisy, timesteps) -> eps`, where `prepare(condition)` returns the one of a condition.
 
-    `condition` and `negative` are pytrees of the same structure whose leaves have a leading batch axis
-    [b, ...]. They are joined along it here, once, not at each step; the model is then called once, on 2b
-    items, and the difference is taken in float32. With guidance 1 (a Python number, known when tracing) or
-    without `negative` the model is called on the b items alone.
+    `condition` and `negative` are pytrees of the same structure whose leaves have a leading batch axis [b, ...]. They
+    are joined along it and prepared here, once, not at each step; the model is then called once, on 2b items, the
+    negative ones last, and the difference is taken in float32. With guidance 1 (a Python number, known when tracing)
+    or without `negative` the model is called on the b items alone.
     """
     if guidance == 1 or negative is None:
-        return lambda noisy, timesteps: denoise(noisy, timesteps, condition)
+        return prepare(condition)
 
-    both = jax.tree.map(lambda with_, without: jnp.concatenate([with_, without]), condition, negative)
+    denoise = prepare(
+        jax.tree.map(lambda with_, without: jnp.concatenate([with_, without]), condition, negative)
+    )
 
     def denoise_guided(noisy: Array, timesteps: Array) -> Array:
-        eps = denoise(jnp.concatenate([noisy, noisy]), jnp.concatenate([timesteps, timesteps]), both)
+        eps = denoise(jnp.concatenate([noisy, noisy]), jnp.concatenate([timesteps, timesteps]))
         conditional, unconditional = jnp.split(eps.astype(jnp.float32), 2)
         return unconditional + guidance * (conditional - unconditional)
 

@@ -53,16 +53,16 @@ def predict_clean(
 
 
 def predict_eps(predict: Callable, prediction: str, schedule: Schedule) -> Callable:
-    """`denoise(noisy, timesteps, ...) -> eps` of a model `predict(noisy, timesteps, ...)` of its `prediction`.
+    """`denoise(noisy, timesteps) -> eps` of a model `predict(noisy, timesteps)` of its `prediction`.
 
     prediction: "eps" or "v" (Salimans & Ho 2022, appendix D); float32.
     """
     if prediction == "eps":
         return predict
 
-    def denoise(noisy: Array, timesteps: Array, *condition) -> Array:
+    def denoise(noisy: Array, timesteps: Array) -> Array:
         signal, noise = _factors(schedule, timesteps, noisy.ndim)
-        return noise * noisy + signal * predict(noisy, timesteps, *condition).astype(jnp.float32)
+        return noise * noisy + signal * predict(noisy, timesteps).astype(jnp.float32)
 
     return denoise
 

@@ -3,6 +3,9 @@
 Noisy and LQ latents have patch embedders of their own; their tokens stand side by side in one sequence, an LQ token at
 the rotary position of the noisy token it describes. Each sublayer is modulated by adaLN-zero (Peebles & Xie 2023):
 shift, scale and gate, hence six vectors a block, or nine with the cross-attention to text.
+
+What does not change while an image is sampled is computed once: `DiT.read` makes the keys and values of the text and,
+with lq_attention "static", of the LQ tokens; `DiT.denoise` uses them at every step. `DiT.__call__` is both at once.
 """
 
 import jax
@@ -19,6 +22,7 @@ from zipir_jax.parallel import constrain
 
 ROTARY_BASE = 10_000.0  # longest wavelength of a rotary frequency, in tokens / (2 pi) (Su et al. 2021)
 FREQUENCY_EMBEDDING = 256  # channels of the sinusoidal timestep embedding (Peebles & Xie 2023)
+CLEAN = 0  # timestep of static LQ tokens: like clean latents, they hold no noise
 REMAT = {  # what is kept of a block for the backward pass, beside its input; all else is computed anew
     "attention": jax.checkpoint_policies.save_only_these_names(
         "attention"
@@ -62,7 +66,7 @@ def _linear(in_features, out_features, rngs, dtype, *, bias=True, zero=False):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with RMS-normalised queries and keys; self-attention, or over `context`."""
+    """Multi-head attention with RMS-normalised queries and keys; self-attention, or over a context."""
 
     def __init__(self, config: DiTConfig, rngs: nnx.Rngs, *, context_width: int | None = None):
         width, dtype = config.width, config.compute_dtype
@@ -75,29 +79,30 @@ class Attention(nnx.Module):
         self.query_norm = nnx.RMSNorm(width // config.heads, dtype=dtype, rngs=rngs)
         self.key_norm = nnx.RMSNorm(width // config.heads, dtype=dtype, rngs=rngs)
 
+    def keys_values(
+        self, context: Float[Array, "b k c"], angles: Float[Array, "k a"] | None = None
+    ) -> tuple[Float[Array, "b k n d"], Float[Array, "b k n d"]]:
+        """Keys, turned by `angles` where positions count, and values of a context."""
+        key = self.key_norm(self._split(self.key(context)))
+        return key if angles is None else rotate(key, angles), self._split(self.value(context))
+
     def __call__(
         self,
         x: Float[Array, "b s c"],
-        context: Float[Array, "b k c2"],
+        key: Float[Array, "b k n d"],
+        value: Float[Array, "b k n d"],
         *,
         angles: Float[Array, "s a"] | None = None,
         key_lengths: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b s c"]:
-        def split(y):
-            return y.reshape(*y.shape[:2], self.heads, -1)
-
-        query = self.query_norm(split(self.query(x)))
-        key = self.key_norm(split(self.key(context)))
+        query = self.query_norm(self._split(self.query(x)))
         if angles is not None:
-            query, key = rotate(query, angles), rotate(key, angles)
-        y = attention(
-            query,
-            key,
-            split(self.value(context)),
-            implementation=self.implementation,
-            key_lengths=key_lengths,
-        )
+            query = rotate(query, angles)
+        y = attention(query, key, value, implementation=self.implementation, key_lengths=key_lengths)
         return self.out(checkpoint_name(y.reshape(x.shape), "attention"))
+
+    def _split(self, x):
+        return x.reshape(*x.shape[:2], self.heads, -1)
 
 
 class FeedForward(nnx.Module):
@@ -139,18 +144,60 @@ class Block(nnx.Module):
             config.width, config.width * config.modulations, rngs, config.compute_dtype, zero=True
         )
 
-    def __call__(self, x, conditioning, angles, text=None, text_lengths=None) -> Float[Array, "b s c"]:
-        modulation = self.modulation(nnx.swish(conditioning))[:, None]
-        modulation = iter(jnp.split(modulation, modulation.shape[-1] // x.shape[-1], -1))
+    def _modulations(self, conditioning):
+        """(shift, scale, gate) [b, 1, c] of each sublayer in turn."""
+        vectors = self.modulation(nnx.swish(conditioning))[:, None]
+        vectors = jnp.split(vectors, vectors.shape[-1] // conditioning.shape[-1], -1)
+        return [vectors[i : i + 3] for i in range(0, len(vectors), 3)]
 
-        def residual(x, norm, sublayer):
-            shift, scale, gate = next(modulation), next(modulation), next(modulation)
-            return x + gate * sublayer(norm(x) * (1 + scale) + shift)
+    def read_lq(
+        self, lq: Float[Array, "b s c"], conditioning: Float[Array, "1 c"], angles: Float[Array, "s a"]
+    ) -> tuple[Float[Array, "b s c"], tuple[Array, Array]]:
+        """Static LQ tokens after the block, and their keys and values. They do not attend to the text: the branches of
+        the guidance share them."""
+        first, *_, last = self._modulations(conditioning)
+        h = _modulate(self.attention_norm(lq), first)
+        keys_values = self.attention.keys_values(h, angles)
+        lq = lq + first[2] * self.attention(h, *keys_values, angles=angles)
+        return lq + last[2] * self.mlp(_modulate(self.mlp_norm(lq), last)), keys_values
 
-        x = residual(x, self.attention_norm, lambda h: self.attention(h, h, angles=angles))
+    def read_text(self, text: Float[Array, "b l c"]) -> tuple[Array, Array]:
+        """Keys and values of the text."""
+        return self.text_attention.keys_values(text)
+
+    def __call__(
+        self,
+        x: Float[Array, "b s c"],
+        conditioning: Float[Array, "b c"],
+        angles: Float[Array, "s a"],
+        lq: tuple[Array, Array] | None = None,
+        text: tuple[Array, Array] | None = None,
+        text_lengths: Int[Array, " b"] | None = None,
+    ) -> Float[Array, "b s c"]:
+        """The tokens after the block. lq, text: keys and values that they attend to beside their own."""
+        first, *between, last = self._modulations(conditioning)
+        h = _modulate(self.attention_norm(x), first)
+        key, value = self.attention.keys_values(h, angles)
+        if lq is not None:
+            key, value = (
+                jnp.concatenate([own, _repeat(other, x.shape[0])], 1)
+                for own, other in zip((key, value), lq, strict=True)
+            )
+        x = x + first[2] * self.attention(h, key, value, angles=angles)
         if self.text_attention is not None:
-            x = residual(x, self.text_norm, lambda h: self.text_attention(h, text, key_lengths=text_lengths))
-        return residual(x, self.mlp_norm, self.mlp)
+            h = _modulate(self.text_norm(x), between[0])
+            x = x + between[0][2] * self.text_attention(h, *text, key_lengths=text_lengths)
+        return x + last[2] * self.mlp(_modulate(self.mlp_norm(x), last))
+
+
+def _modulate(x, modulation):
+    shift, scale, _ = modulation
+    return x * (1 + scale) + shift
+
+
+def _repeat(x, count):
+    """`x` for each branch of the guidance, of which the batch of `count` images holds all, one after the other."""
+    return jnp.tile(x, (count // x.shape[0],) + (1,) * (x.ndim - 1))
 
 
 class DiT(nnx.Module):
@@ -176,7 +223,7 @@ class DiT(nnx.Module):
         self,
         noisy: Float[Array, "b h w c"],
         timesteps: Float[Array, " b"] | Int[Array, " b"],
-        lq: Float[Array, "b h w c"],
+        lq: Float[Array, "b h2 w2 c"],
         text: Float[Array, "b l c2"] | None = None,
         text_lengths: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c"]:
@@ -185,35 +232,121 @@ class DiT(nnx.Module):
         Raises ValueError if text is missing from a model with cross-attention, or given to one without, and for latents
         of different shapes or of sides that are no multiple of the patch.
         """
-        if (text is not None) != bool(self.config.text_width):
-            needs = "needs" if self.config.text_width else "has no cross-attention for"
-            raise ValueError(f"this DiT {needs} text embeddings")
-        p = self.config.patch
-        if noisy.shape != lq.shape or noisy.shape[1] % p or noisy.shape[2] % p:
-            raise ValueError(
-                f"latents of shapes {noisy.shape} and {lq.shape}: they must agree, with sides in multiples of {p}"
-            )
-        b, h, w = noisy.shape[0], noisy.shape[1] // p, noisy.shape[2] // p
-
-        def tokens(latent):
-            return space_to_depth(latent, p).reshape(b, h * w, -1)
-
-        x = jnp.concatenate([self.embed_noisy(tokens(noisy)), self.embed_lq(tokens(lq))], 1)
-        angles = rotary_angles(h, w, self.config.width // self.config.heads)
-        angles = jnp.concatenate([angles, angles])
-        conditioning = self.timestep_out(nnx.swish(self.timestep_in(timestep_embedding(timesteps))))
-
+        self._check(lq, text)
+        if noisy.shape != lq.shape:
+            raise ValueError(f"latents of shapes {noisy.shape} and {lq.shape}: they must agree")
         graphdef, stacked = nnx.split(self.blocks)
+        conditioning, clean = self._conditioning(timesteps), self._conditioning(jnp.array([CLEAN]))
+        lq_tokens, lq_angles = self._tokens(self.embed_lq, lq), self._angles(lq)
+        x, angles = self._sequence(noisy, lq_tokens)
 
-        def body(x, block):
-            x = constrain(x, "batch", None, None)
-            return nnx.merge(graphdef, block)(x, conditioning, angles, text, text_lengths), None
+        def body(carry, params):
+            (x, lq), block, read = carry, nnx.merge(graphdef, params), {}
+            if self.is_static:
+                lq, read["lq"] = block.read_lq(constrain(lq, "batch", None, None), clean, lq_angles)
+            if text is not None:
+                read |= {"text": block.read_text(text), "text_lengths": text_lengths}
+            return (block(constrain(x, "batch", None, None), conditioning, angles, **read), lq), None
 
         if self.config.remat != "none":
             # A scanned body is its own barrier against common subexpressions.
             body = jax.checkpoint(body, policy=REMAT[self.config.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(body, x, stacked)
+        (x, _), _ = jax.lax.scan(body, (x, lq_tokens if self.is_static else None), stacked)
+        return self._prediction(x, conditioning, noisy)
 
+    def read(
+        self,
+        lq: Float[Array, "b h w c"],
+        text: Float[Array, "b2 l c2"] | None = None,
+        text_lengths: Int[Array, " b2"] | None = None,
+    ) -> dict:
+        """What `denoise` needs of the LQ latent and the text, to be computed once an image; raises as `__call__` does.
+
+        {"lq": keys and values of the LQ tokens, where they are static, else "lq_tokens" [b, s, c]; "text": keys and
+        values, "text_lengths"}; keys and values are stacked over layers, [layers, b, s, heads, d] each. There may be
+        a text for each branch of the guidance, b2 = 2 b, those of one branch after those of the other.
+        """
+        self._check(lq, text)
+        graphdef, stacked = nnx.split(self.blocks)
+        clean, lq_angles = self._conditioning(jnp.array([CLEAN])), self._angles(lq)
+
+        def body(lq, params):
+            block, read = nnx.merge(graphdef, params), {}
+            if self.is_static:
+                lq, read["lq"] = block.read_lq(constrain(lq, "batch", None, None), clean, lq_angles)
+            if text is not None:
+                read["text"] = block.read_text(text)
+            return lq, read
+
+        lq_tokens = self._tokens(self.embed_lq, lq)
+        _, condition = jax.lax.scan(body, lq_tokens, stacked)
+        if not self.is_static:
+            condition["lq_tokens"] = lq_tokens
+        return condition if text_lengths is None else condition | {"text_lengths": text_lengths}
+
+    def denoise(
+        self,
+        noisy: Float[Array, "b h w c"],
+        timesteps: Float[Array, " b"] | Int[Array, " b"],
+        condition: dict,
+    ) -> Float[Array, "b h w c"]:
+        """`__call__` with what `read` made of the LQ latent and the text.
+
+        The batch of `noisy` may be a multiple of the LQ latent's, whose tokens the branches of the guidance then share.
+        """
+        tokens = noisy.shape[1] * noisy.shape[2] // self.config.patch**2
+        lq_tokens = condition["lq"][0].shape[2] if self.is_static else condition["lq_tokens"].shape[1]
+        if tokens != lq_tokens:
+            raise ValueError(f"{tokens} noisy tokens, but {lq_tokens} of the LQ latent")
+        graphdef, stacked = nnx.split(self.blocks)
+        conditioning = self._conditioning(timesteps)
+        x, angles = self._sequence(noisy, condition.get("lq_tokens"))
+        by_layer = {name: condition[name] for name in ("lq", "text") if name in condition}
+
+        def body(x, layer):
+            params, read = layer
+            x, block = constrain(x, "batch", None, None), nnx.merge(graphdef, params)
+            return block(x, conditioning, angles, **read, text_lengths=condition.get("text_lengths")), None
+
+        x, _ = jax.lax.scan(body, x, (stacked, by_layer))
+        return self._prediction(x, conditioning, noisy)
+
+    @property
+    def is_static(self) -> bool:
+        return self.config.lq_attention == "static"
+
+    def _check(self, lq, text):
+        if (text is not None) != bool(self.config.text_width):
+            needs = "needs" if self.config.text_width else "has no cross-attention for"
+            raise ValueError(f"this DiT {needs} text embeddings")
+        p = self.config.patch
+        if lq.shape[1] % p or lq.shape[2] % p:
+            raise ValueError(
+                f"a latent of shape {lq.shape} has sides that are not multiples of the patch {p}"
+            )
+
+    def _tokens(self, embedder, latent):
+        p = self.config.patch
+        b, h, w, _ = latent.shape
+        return embedder(space_to_depth(latent, p).reshape(b, h * w // p**2, -1))
+
+    def _angles(self, latent):
+        height, width = (side // self.config.patch for side in latent.shape[1:3])
+        return rotary_angles(height, width, self.config.width // self.config.heads)
+
+    def _sequence(self, noisy, lq_tokens):
+        """The tokens that the blocks change, and their angles: the noisy ones and, unless static, the LQ tokens."""
+        x, angles = self._tokens(self.embed_noisy, noisy), self._angles(noisy)
+        if self.is_static:
+            return x, angles
+        return jnp.concatenate([x, _repeat(lq_tokens, x.shape[0])], 1), jnp.concatenate([angles, angles])
+
+    def _conditioning(self, timesteps):
+        return self.timestep_out(nnx.swish(self.timestep_in(timestep_embedding(timesteps))))
+
+    def _prediction(self, x, conditioning, noisy):
+        p = self.config.patch
+        b, h, w = noisy.shape[0], noisy.shape[1] // p, noisy.shape[2] // p
         shift, scale = jnp.split(self.final_modulation(nnx.swish(conditioning))[:, None], 2, -1)
         x = self.head(self.norm(x[:, : h * w]) * (1 + scale) + shift).astype(jnp.float32)
         return depth_to_space(x.reshape(b, h, w, -1), p)
