@@ -18,6 +18,8 @@ from zipir_jax.models.flops import (
     decoder_flops,
     discriminator_flops,
     dit_flops,
+    dit_read_flops,
+    dit_step_flops,
     encode_flops,
     encoder_flops,
     peak_flops,
@@ -86,8 +88,10 @@ def test_the_discriminator_costs_what_xla_counts(layers):
     [
         ("paper", {"text_width": 0}, 0),
         ("paper", {}, 300),
+        ("paper", {"lq_attention": "static"}, 300),
         ("paper", {"bias": True, "mlp_ratio": 2}, 20),
         ("dit_0p68b", {}, 0),
+        ("dit_0p68b", {"lq_attention": "static"}, 0),
         ("dit_0p68b", {"patch": 2, "latent_channels": 16}, 0),
     ],
 )
@@ -97,12 +101,28 @@ def test_the_dit_costs_what_xla_counts(monkeypatch, model, changes, text_tokens,
     monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
     config = dataclasses.replace(MODELS[model].dit, layers=3, **changes)
     latent = image(height, width, config.latent_channels)
-    inputs = [latent, jax.ShapeDtypeStruct((1,), jnp.float32), latent]
+    timesteps = jax.ShapeDtypeStruct((1,), jnp.float32)
+    text = {}
     if config.text_width:
-        inputs.append(jax.ShapeDtypeStruct((1, text_tokens, config.text_width), jnp.float32))
+        text["text"] = jax.ShapeDtypeStruct((1, text_tokens, config.text_width), jnp.float32)
+    params = abstract_params(DiT, config)
+
+    def counted(method, *inputs, **kwargs):
+        program = jax.jit(lambda p, *args, **kwargs: method(bind(DiT, config, p), *args, **kwargs))
+        return program.lower(params, *inputs, **kwargs).cost_analysis()["flops"]
+
     # The softmax goes by element: the narrower the heads, the larger its share.
-    counted = xla_flops(DiT, config, *inputs)
-    assert dit_flops(config, height, width, text_tokens) == pytest.approx(counted, rel=0.01)
+    size = (height, width, text_tokens)
+    training = counted(DiT.__call__, latent, timesteps, latent, **text)
+    assert dit_flops(config, *size) == pytest.approx(training, rel=0.01)
+    condition = jax.eval_shape(
+        lambda p, lq, **text: bind(DiT, config, p).read(lq, **text), params, latent, **text
+    )
+    step = counted(DiT.denoise, latent, timesteps, condition)
+    assert dit_step_flops(config, *size) == pytest.approx(step, rel=0.01)
+    # Where there is little to read, the casts of the kernels, which XLA counts, are a share of it.
+    if text_tokens > 100 or config.lq_attention == "static":
+        assert dit_read_flops(config, *size) == pytest.approx(counted(DiT.read, latent, **text), rel=0.01)
 
 
 def test_the_papers_networks_cost_what_is_known():
@@ -111,6 +131,9 @@ def test_the_papers_networks_cost_what_is_known():
     known = {1024: 8.4, 2048: 43.4, 4096: 332}
     for side, flops in known.items():
         assert dit_flops(dit, side // 32, side // 32, 256) / 1e12 == pytest.approx(flops, rel=0.02)
+    static = dataclasses.replace(dit, lq_attention="static")
+    for side, flops in {1024: 4.3, 2048: 21.6, 4096: 166, 8192: 1930}.items():
+        assert dit_step_flops(static, side // 32, side // 32, 256) / 1e12 == pytest.approx(flops, rel=0.03)
     assert 0.4 < dit_flops(dit, 64, 64, 256) / 0.25 / peak_flops("NVIDIA A100-SXM4-80GB") < 0.6
     assert encoder_flops(PAPER.fine, 2048, 2048) / 1e12 == pytest.approx(16.5, rel=0.01)
     assert decoder_flops(PAPER.fine, 2048, 2048) / 1e12 == pytest.approx(31, rel=0.01)

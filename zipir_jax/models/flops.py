@@ -119,30 +119,58 @@ def encode_flops(config: LPVAEConfig, height: int, width: int) -> int:
 
 
 def dit_flops(config: DiTConfig, height: int, width: int, text_tokens: int = 0) -> int:
-    """Of `dit.DiT`, attention full over noisy and LQ tokens; height and width of the latent, latent pixels.
+    """Of `dit.DiT`, as training runs it; height and width of the latent, latent pixels.
 
     `text_tokens` are those of the text embeddings as they are given, padding included; the keys and values that are
     made of them are counted. They count only where the config has text. Raises ValueError if a side is not a multiple
     of the patch.
     """
+    return dit_read_flops(config, height, width, text_tokens) + dit_step_flops(
+        config, height, width, text_tokens
+    )
+
+
+def dit_read_flops(config: DiTConfig, height: int, width: int, text_tokens: int = 0) -> int:
+    """Of `dit.DiT.read`, once an image: LQ tokens and keys and values of the text. Arguments as of `dit_flops`."""
+    lq, d = _tokens(config, height, width), config.width
+    flops = 2 * lq * config.latent_channels * config.patch**2 * d
+    if config.text_width:
+        flops += config.layers * 2 * text_tokens * 2 * config.text_width * d  # k and v
+    if config.lq_attention == "static":
+        layer = 2 * lq * _weights(config) * d**2 + 4 * lq**2 * d + 2 * config.modulations * d**2
+        flops += config.layers * layer + _timestep_flops(config)
+    return flops
+
+
+def dit_step_flops(config: DiTConfig, height: int, width: int, text_tokens: int = 0) -> int:
+    """Of `dit.DiT.denoise`, attention full over noisy and LQ tokens. Arguments as of `dit_flops`."""
+    noisy, d = _tokens(config, height, width), config.width
+    moving = noisy if config.lq_attention == "static" else 2 * noisy  # tokens that the blocks change
+    layer = 2 * moving * _weights(config) * d**2 + 4 * moving * 2 * noisy * d
+    layer += 2 * config.modulations * d**2  # once an image
+    if config.text_width:
+        layer += 2 * moving * 2 * d**2  # q and o
+        layer += 4 * moving * text_tokens * d
+    embedder_and_head = 2 * 2 * noisy * config.latent_channels * config.patch**2 * d
+    final_modulation = 2 * 2 * d**2
+    return config.layers * layer + embedder_and_head + _timestep_flops(config) + final_modulation
+
+
+def _tokens(config, height, width):
+    """Of one latent."""
     for name, side in (("height", height), ("width", width)):
         if side % config.patch:
             raise ValueError(f"latent {name} {side} is not a multiple of the patch {config.patch}")
-    d = config.width
-    noisy = height * width // config.patch**2
-    tokens = 2 * noisy
-    weights = 4 + (3 if config.swiglu else 2) * config.mlp_ratio  # of a token and layer, in units of d^2
-    layer = 2 * tokens * weights * d**2 + 4 * tokens**2 * d
-    layer += 2 * config.modulations * d**2  # once an image
-    if config.text_width:
-        layer += 2 * tokens * 2 * d**2  # q and o
-        layer += 2 * text_tokens * 2 * config.text_width * d  # k and v
-        layer += 4 * tokens * text_tokens * d
-    patch_values = config.latent_channels * config.patch**2
-    embedders_and_head = 2 * (tokens + noisy) * patch_values * d
-    timestep = 2 * (FREQUENCY_EMBEDDING + d) * d
-    final_modulation = 2 * 2 * d**2
-    return config.layers * layer + embedders_and_head + timestep + final_modulation
+    return height * width // config.patch**2
+
+
+def _weights(config):
+    """Of a layer that each token meets, in units of width squared, without the cross-attention."""
+    return 4 + (3 if config.swiglu else 2) * config.mlp_ratio
+
+
+def _timestep_flops(config):
+    return 2 * (FREQUENCY_EMBEDDING + config.width) * config.width
 
 
 def discriminator_flops(config: DiscriminatorConfig, height: int, width: int) -> int:
