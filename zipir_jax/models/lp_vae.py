@@ -23,6 +23,7 @@ from zipir_jax.models.layers import (
     conv,
     space_to_depth,
 )
+from zipir_jax.models.tiling import Tiling, decoder_halo, encoder_halo, map_tiles, tiled_scales
 
 FACTOR = 32  # pixels per latent pixel
 COARSE_FACTOR = 4  # pixels per pixel of the image that E_c reads
@@ -53,23 +54,39 @@ class Encoder(nnx.Module):
 
     def features(self, image: Float[Array, "b h w 3"]) -> list[Float[Array, "b h2 w2 c"]]:
         """What the network holds at the end of each scale, highest resolution first."""
-        h = self.stem(space_to_depth(image, self.patch))
+        return self.high_scales(image, len(self.downs) + 1)
+
+    def high_scales(self, image: Float[Array, "b h w 3"], stop: int) -> list[Float[Array, "b h2 w2 c"]]:
+        """`features` of the scales before `stop`."""
+        return self._scales(self.stem(space_to_depth(image, self.patch)), 0, stop)
+
+    def low_scales(self, h: Float[Array, "b h w c"], start: int) -> list[Float[Array, "b h2 w2 c2"]]:
+        """`features` of the scale `start` and those after it; `h` is what enters that scale, already shrunk."""
+        return self._scales(h, start, len(self.downs) + 1)
+
+    def _scales(self, h, start, stop):
         features = []
-        for scale in range(len(self.downs) + 1):
-            if scale:
+        for scale in range(start, stop):
+            if scale > start:
                 h = self.downs[scale - 1](h)
             for i in range(self.blocks_per_scale):
                 h = self.blocks[scale * self.blocks_per_scale + i](h)
             features.append(h)
         return features
 
+    def moments(
+        self, h: Float[Array, "b h w c"]
+    ) -> tuple[Float[Array, "b h w c2"], Float[Array, "b h w c2"]]:
+        """Mean and log variance of the posterior, given the features of the lowest resolution."""
+        moments = self.head(nnx.swish(self.norm(h))).astype(jnp.float32)
+        mean, log_variance = jnp.split(moments, 2, -1)
+        return mean, jnp.clip(log_variance + LOG_VARIANCE_START, -30.0, 20.0)
+
     def __call__(
         self, image: Float[Array, "b h w 3"]
     ) -> tuple[Float[Array, "b h2 w2 c"], Float[Array, "b h2 w2 c"]]:
         """Mean and log variance of the band's posterior, float32; log variance within [-30, 20]."""
-        moments = self.head(nnx.swish(self.norm(self.features(image)[-1]))).astype(jnp.float32)
-        mean, log_variance = jnp.split(moments, 2, -1)
-        return mean, jnp.clip(log_variance + LOG_VARIANCE_START, -30.0, 20.0)
+        return self.moments(self.features(image)[-1])
 
 
 class Decoder(nnx.Module):
@@ -103,19 +120,31 @@ class Decoder(nnx.Module):
     def features(self, latent: Float[Array, "b h w c"], fuse=None) -> Float[Array, "b h2 w2 c2"]:
         """Everything before the last convolution. `fuse(scale, h) -> h` may add to what enters each scale, lowest
         resolution first, and to what leaves each doubling within a patch."""
-        h = self.stem(latent)
-        for scale in range(len(self.ups) + 1):
+        scales = len(self.ups) + 1
+        return self.high_scales(self.low_scales(latent, scales, fuse), scales, fuse)
+
+    def low_scales(self, latent: Float[Array, "b h w c"], stop: int, fuse=None) -> Float[Array, "b h2 w2 c2"]:
+        """What leaves the last scale before `stop`; the first scale has the lowest resolution."""
+        return self._scales(self.stem(latent), 0, stop, fuse)
+
+    def high_scales(self, h: Float[Array, "b h w c"], start: int, fuse=None) -> Float[Array, "b h2 w2 c2"]:
+        """The rest of `features`: the scale `start` and all after it, given what leaves the one before."""
+        h = self._scales(h, start, len(self.ups) + 1, fuse)
+        h = nnx.swish(self.norm(h))
+        for i, layer in enumerate(self.enlarge):
+            h = nnx.swish(layer(bilinear_upsample(h)))
+            if fuse is not None:
+                h = fuse(len(self.ups) + 1 + i, h)
+        return h
+
+    def _scales(self, h, start, stop, fuse):
+        for scale in range(start, stop):
             if scale:
                 h = self.ups[scale - 1](h)
             if fuse is not None:
                 h = fuse(scale, h)
             for i in range(self.blocks_per_scale):
                 h = self.blocks[scale * self.blocks_per_scale + i](h)
-        h = nnx.swish(self.norm(h))
-        for i, layer in enumerate(self.enlarge):
-            h = nnx.swish(layer(bilinear_upsample(h)))
-            if fuse is not None:
-                h = fuse(len(self.ups) + 1 + i, h)
         return h
 
     def head(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
@@ -131,27 +160,74 @@ def macro_band(image: Float[Array, "b h w 3"], statistics: dict) -> Float[Array,
     return (area_downsample(image, FACTOR) - statistics["macro_mean"]) / statistics["macro_std"]
 
 
-def coarse_moments(params: dict, config: LPVAEConfig, image: Float[Array, "b h w 3"]):
-    """Mean and log variance of z_coarse for a full-resolution image."""
-    return bind(Encoder, config.coarse, params["coarse_encoder"])(area_downsample(image, COARSE_FACTOR))
+def coarse_moments(
+    params: dict, config: LPVAEConfig, image: Float[Array, "b h w 3"], tiling: Tiling | None = None
+):
+    """Mean and log variance of z_coarse for a full-resolution image; tiling and ValueError as of `encode`."""
+    encoder = bind(Encoder, config.coarse, params["coarse_encoder"])
+    return _moments(encoder, config.coarse, area_downsample(image, COARSE_FACTOR), tiling, COARSE_FACTOR)
 
 
-def fine_moments(params: dict, config: LPVAEConfig, image: Float[Array, "b h w 3"]):
-    """Mean and log variance of z_fine."""
-    return bind(Encoder, config.fine, params["fine_encoder"])(image)
+def fine_moments(
+    params: dict, config: LPVAEConfig, image: Float[Array, "b h w 3"], tiling: Tiling | None = None
+):
+    """Mean and log variance of z_fine; tiling and ValueError as of `encode`."""
+    return _moments(bind(Encoder, config.fine, params["fine_encoder"]), config.fine, image, tiling)
 
 
-def encode(params: dict, config: LPVAEConfig, image: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
-    """z = [z_macro; z_coarse; z_fine], the posterior's mean; sides must be multiples of 32, else ValueError."""
+def _moments(encoder, config, image, tiling, factor=1):
+    """Of an encoder that reads an image `factor` times smaller than the one that the tiling is for."""
+    scales = 0 if tiling is None else tiled_scales(config, tiling.cell // factor)
+    if not scales:
+        return encoder(image)
+    h = run_high_scales(encoder, config, image, scales, tiling)
+    return encoder.moments(encoder.low_scales(h, scales)[-1])
+
+
+def run_high_scales(
+    encoder: Encoder, config: AutoencoderConfig, image: Float[Array, "b h w 3"], scales: int, tiling: Tiling
+) -> Float[Array, "b h2 w2 c"]:
+    """What leaves the first `scales` of an encoder, shrunk to what enters the next one; in tiles."""
+
+    def window(image):
+        return encoder.downs[scales - 1](encoder.high_scales(image, scales)[-1])
+
+    cells = tuple(side // (config.patch * 2**scales) for side in image.shape[1:3])
+    return map_tiles(window, [image], cells, tiling.cells, encoder_halo(config, scales))
+
+
+def encode(
+    params: dict, config: LPVAEConfig, image: Float[Array, "b h w 3"], tiling: Tiling | None = None
+) -> Float[Array, "b h2 w2 c"]:
+    """z = [z_macro; z_coarse; z_fine], the posterior's mean.
+
+    With a tiling, both encoders run their scales of high resolution in tiles; the latent is the same up to rounding.
+    Raises ValueError if a side is not a multiple of 32, or the tiling's cell larger than 32.
+    """
     macro = macro_band(image, params["statistics"])
-    coarse, _ = coarse_moments(params, config, image)
-    fine, _ = fine_moments(params, config, image)
+    coarse, _ = coarse_moments(params, config, image, tiling)
+    fine, _ = fine_moments(params, config, image, tiling)
     return jnp.concatenate([macro, coarse, fine], -1)
 
 
-def decode(params: dict, config: LPVAEConfig, latent: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
-    """D_f: the image of a latent, without the pixel-aware decoder."""
-    return bind(Decoder, config.fine, params["fine_decoder"])(latent)
+def decode(
+    params: dict, config: LPVAEConfig, latent: Float[Array, "b h w c"], tiling: Tiling | None = None
+) -> Float[Array, "b h2 w2 3"]:
+    """D_f: the image of a latent, without the pixel-aware decoder; tiling as of `encode`.
+
+    Raises ValueError if the tiling's cell is larger than 32.
+    """
+    decoder = bind(Decoder, config.fine, params["fine_decoder"])
+    scales = 0 if tiling is None else tiled_scales(config.fine, tiling.cell)
+    if not scales:
+        return decoder(latent)
+    start = len(config.fine.multipliers) - scales
+
+    def window(h):
+        return decoder.head(decoder.high_scales(h, start))
+
+    h = decoder.low_scales(latent, start)
+    return map_tiles(window, [h], h.shape[1:3], tiling.cells, decoder_halo(config.fine, scales))
 
 
 def whiten(latent: Float[Array, "b h w c"], statistics: dict) -> Float[Array, "b h w c"]:

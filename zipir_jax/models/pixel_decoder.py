@@ -9,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from zipir_jax.config import LPVAEConfig
-from zipir_jax.models.layers import ResidualBlock, area_downsample, conv
-from zipir_jax.models.lp_vae import Decoder, Encoder
+from zipir_jax.models.layers import ResidualBlock, area_downsample, bind, conv
+from zipir_jax.models.lp_vae import Decoder, Encoder, run_high_scales
+from zipir_jax.models.tiling import Tiling, map_tiles, pixel_decoder_halo, tiled_scales
 
 
 class Fusion(nnx.Module):
@@ -52,14 +53,19 @@ class PixelDecoder(nnx.Module):
         self, latent: Float[Array, "b h w c"], lq: Float[Array, "b h2 w2 3"]
     ) -> Float[Array, "b h2 w2 c2"]:
         """Everything before the last convolution."""
-        skips = self.extractor.features(lq)[::-1]
+        return self.decoder.features(latent, self.fuse(lq, self.extractor.features(lq), 0))
+
+    def fuse(self, lq: Float[Array, "b h w 3"], features: list[Float[Array, "b _h _w _c"]], first: int):
+        """The decoder's `fuse(scale, h)`; the last of the extractor's features enters the decoder's scale `first`."""
+        skips = dict(enumerate(reversed(features), first))
 
         def fuse(scale, h):
-            if scale < len(skips):
+            if scale < len(self.fusions):
                 return self.fusions[scale](h, skips[scale])
-            return h + self.pixel_fusions[scale - len(skips)](area_downsample(lq, lq.shape[1] // h.shape[1]))
+            enlarging = scale - len(self.fusions)
+            return h + self.pixel_fusions[enlarging](area_downsample(lq, lq.shape[1] // h.shape[1]))
 
-        return self.decoder.features(latent, fuse)
+        return fuse
 
     def head(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
         """The last convolution; float32."""
@@ -69,6 +75,36 @@ class PixelDecoder(nnx.Module):
         self, latent: Float[Array, "b h w c"], lq: Float[Array, "b h2 w2 3"]
     ) -> Float[Array, "b h2 w2 3"]:
         return self.head(self.features(latent, lq))
+
+
+def pixel_decode(
+    params: dict,
+    config: LPVAEConfig,
+    latent: Float[Array, "b h w c"],
+    lq: Float[Array, "b h2 w2 3"],
+    tiling: Tiling | None = None,
+) -> Float[Array, "b h2 w2 3"]:
+    """D_f*: the restored image of a latent and the low-quality image.
+
+    With a tiling, the scales of high resolution run in tiles, the extractor's twice: once for what the lower scales
+    read of them, once beside the decoder's, which keeps no skip connection of theirs whole. The image is the same up
+    to rounding. Raises ValueError if the tiling's cell is larger than 32.
+    """
+    network = bind(PixelDecoder, config, params)
+    extractor, decoder = network.extractor, network.decoder
+    scales = 0 if tiling is None else tiled_scales(config.fine, tiling.cell)
+    if not scales:
+        return network(latent, lq)
+    start = len(config.fine.multipliers) - scales
+
+    def window(h, lq):
+        fuse = network.fuse(lq, extractor.high_scales(lq, scales), start)
+        return network.head(decoder.high_scales(h, start, fuse))
+
+    entering = run_high_scales(extractor, config.fine, lq, scales, tiling)
+    fuse = network.fuse(lq, extractor.low_scales(entering, scales), 0)
+    h = decoder.low_scales(latent, start, fuse)
+    return map_tiles(window, [h, lq], h.shape[1:3], tiling.cells, pixel_decoder_halo(config.fine, scales))
 
 
 def from_lp_vae(params: dict, lp_vae: dict) -> dict:
