@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from zipir_jax.config import DiTConfig
@@ -97,7 +96,7 @@ class Attention(nnx.Module):
             implementation=self.implementation,
             key_lengths=key_lengths,
         )
-        return self.out(checkpoint_name(y.reshape(x.shape), "attention"))
+        return self.out(y.reshape(x.shape))
 
 
 class FeedForward(nnx.Module):
