@@ -1,7 +1,26 @@
-"""The one door to attention: which implementation runs is named in the config, never guessed."""
+"""The one door to attention: which implementation runs is named in the config, never guessed.
+
+"xla" runs anywhere. "cudnn" (NVIDIA) and "splash" (TPU) are kernels that never write the logits to memory; for "xla" a
+few queries at a time take their place (Rabe & Staats 2021).
+"""
+
+import functools
+import math
 
 import jax
+import jax.numpy as jnp
+from jax import P
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jaxtyping import Array, Float, Int
+
+from zipir_jax.parallel import MESH_AXES
+
+LARGEST_LOGITS = 256 * 2**20  # bytes of float32 logits that one device holds at a time with "xla"
+LANES = 128  # of a TPU: its kernel takes sequences in blocks of multiples of them
+LARGEST_BLOCK = 512  # queries or keys of a splash kernel's block: what MaxText ships for all of its TPUs
+PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # that an implementation needs, as jax names them
 
 
 def attention(
@@ -14,11 +33,130 @@ def attention(
 ) -> Float[Array, "b q n d"]:
     """Softmax attention, scaled by 1/sqrt(d), over `n` heads.
 
-    `implementation` is "xla" (any device and dtype) or "cudnn" (NVIDIA, bfloat16 or float16). `key_lengths` counts
-    the valid keys of each batch item; the rest are padding. Raises ValueError for another name.
+    `implementation` is "xla" (any device and dtype), "cudnn" (NVIDIA, bfloat16 or float16) or "splash" (TPU).
+    `key_lengths` counts the valid keys of each batch item, at least one; the rest are padding. Raises ValueError for
+    another name, and for a kernel on devices, those of the mesh in effect or else jax's, or dtypes that it is not for.
+    What the backward pass reads of the result is named "attention", for policies of `jax.checkpoint`.
     """
-    if implementation not in ("xla", "cudnn"):
-        raise ValueError(f"attention implementation {implementation!r} is not one of: xla, cudnn")
-    return jax.nn.dot_product_attention(
-        query, key, value, key_value_seq_lengths=key_lengths, implementation=implementation
+    if implementation not in ("xla", *PLATFORMS):
+        raise ValueError(
+            f"attention implementation {implementation!r} is not one of: {', '.join(('xla', *PLATFORMS))}"
+        )
+    if implementation == "xla":
+        return checkpoint_name(xla_attention(query, key, value, key_lengths), "attention")
+    if implementation == "cudnn" and query.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"cudnn attention computes in bfloat16 or float16, not in {query.dtype}")
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if platform not in PLATFORMS[implementation]:
+        raise ValueError(
+            f"{implementation} attention runs on {PLATFORMS[implementation][0]}, not on {platform}"
+        )
+    if implementation == "splash":
+        return splash_attention(query, key, value, key_lengths)
+    result = jax.nn.dot_product_attention(
+        query, key, value, key_value_seq_lengths=key_lengths, implementation="cudnn"
     )
+    return checkpoint_name(result, "attention")
+
+
+def xla_attention(
+    query: Float[Array, "b q n d"],
+    key: Float[Array, "b k n d"],
+    value: Float[Array, "b k n d"],
+    key_lengths: Int[Array, " b"] | None = None,
+) -> Float[Array, "b q n d"]:
+    """`attention` by XLA, exact: as many queries at a time as have LARGEST_LOGITS bytes of logits on a device."""
+    attend = functools.partial(
+        jax.nn.dot_product_attention, key_value_seq_lengths=key_lengths, implementation="xla"
+    )
+    batch, queries, heads, _ = query.shape
+    row = (
+        -(-batch // _parts("batch")) * -(-heads // _parts("heads")) * key.shape[1] * 4
+    )  # bytes of a query's logits
+    blocks = -(-queries // max(1, LARGEST_LOGITS // row))
+    if blocks == 1:
+        return attend(query, key, value)
+    size = -(-queries // blocks)
+    padded = jnp.pad(query, ((0, 0), (0, blocks * size - queries), (0, 0), (0, 0)))
+    # A block's probabilities are computed anew in the backward pass, where all blocks' would be as large as before.
+    attend = jax.checkpoint(attend, prevent_cse=False)
+    result = jax.lax.map(
+        lambda block: attend(block, key, value),
+        padded.reshape(batch, blocks, size, *query.shape[2:]).swapaxes(0, 1),
+    )
+    return result.swapaxes(0, 1).reshape(padded.shape)[:, :queries]
+
+
+def splash_attention(
+    query: Float[Array, "b q n d"],
+    key: Float[Array, "b k n d"],
+    value: Float[Array, "b k n d"],
+    key_lengths: Int[Array, " b"] | None = None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "b q n d"]:
+    """`attention` by jax's TPU kernel. interpret: by the kernel's operations one by one, slowly, on any device.
+
+    On a mesh each device computes its batch items and heads (see parallel.py).
+    """
+    padding, q_block = _padding(query.shape[1])
+    query_padded = jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    padding, k_block = _padding(key.shape[1])
+    key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (key, value))
+    if key_lengths is None and padding:
+        key_lengths = jnp.full(query.shape[0], key.shape[1] - padding)
+    blocks = splash.BlockSizes(
+        block_q=q_block,
+        block_kv=k_block,
+        block_q_dkv=q_block,
+        block_kv_dkv=k_block,
+        block_q_dq=q_block,
+        block_kv_dq=k_block,
+    )
+
+    def attend(query, key, value, key_lengths=None):
+        """Of one batch item: [n, s, d] each."""
+        mask = splash_attention_mask.FullMask((query.shape[1], key.shape[1]))
+        kernel = splash.make_splash_mha_single_device(
+            splash_attention_mask.MultiHeadMask([mask] * query.shape[0]),
+            block_sizes=blocks,
+            residual_checkpoint_name="attention",
+            interpret=interpret,
+        )
+        if key_lengths is None:
+            return kernel(query, key, value)
+        # Padded queries, whose results are cut off, are as good as others: no row of the softmax may be empty.
+        valid = (jnp.arange(key.shape[1]) < key_lengths).astype(jnp.int32)
+        return kernel(query, key, value, splash.SegmentIds(jnp.ones(query.shape[1], jnp.int32), valid))
+
+    # The kernel does not scale. In float32, as the factor itself would lose digits in bfloat16.
+    scaled = (query_padded.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
+    arrays = tuple(x.swapaxes(1, 2) for x in (scaled, key, value))
+    attend = jax.vmap(attend)
+    batch, heads = _axes("batch", query.shape[0]), _axes("heads", query.shape[2])
+    specs = (P(batch, heads),) * 3
+    if key_lengths is not None:
+        arrays, specs = (*arrays, key_lengths), (*specs, P(batch))
+    if not jax.sharding.get_abstract_mesh().empty:  # XLA does not divide kernels by itself
+        attend = jax.shard_map(attend, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return attend(*arrays).swapaxes(1, 2)[:, : query.shape[1]]
+
+
+def _padding(length):
+    """(tokens to add to a sequence, tokens of each of its blocks)."""
+    blocks = -(-length // LARGEST_BLOCK)
+    block = -(-length // (blocks * LANES)) * LANES
+    return blocks * block - length, block
+
+
+def _parts(axis):
+    """The parts that the mesh in effect divides a logical axis into; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = (MESH_AXES[axis],) if isinstance(MESH_AXES[axis], str) else MESH_AXES[axis]
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
+
+
+def _axes(axis, size):
+    """The mesh axes that a dimension is divided over; None, whole on every device, if they do not divide it."""
+    return MESH_AXES[axis] if size % _parts(axis) == 0 else None

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from zipir_jax.config import DiTConfig
@@ -99,7 +98,7 @@ class Attention(nnx.Module):
         if angles is not None:
             query = rotate(query, angles)
         y = attention(query, key, value, implementation=self.implementation, key_lengths=key_lengths)
-        return self.out(checkpoint_name(y.reshape(x.shape), "attention"))
+        return self.out(y.reshape(x.shape))
 
     def _split(self, x):
         return x.reshape(*x.shape[:2], self.heads, -1)
