@@ -77,7 +77,36 @@ def cores_needed(speeds: list[dict]) -> list[dict]:
     return needs
 
 
-COMMANDS = {"pipeline": pipeline}
+def peers(sizes: tuple[int, ...] = (), repeats: int = 3, output: Path | None = None) -> None:
+    """Our DiTs beside the UNets of SeeSR, StableSR, DiffBIR and SUPIR: seconds a step and an image, random weights.
+
+    Args:
+        sizes: pixels, sides of the image; () = 512 on a CPU, 1024 and 2048 on a GPU
+        repeats: steps of each network, of which the median counts
+        output: JSON file to write
+    """
+    from zipir_jax.measure import peers as measure
+    from zipir_jax.measure.report import finish
+
+    if output is not None:
+        check_writable(output.parent)
+    for size in sizes:
+        measure.check_size(size)
+    device, libraries = measure.shared_device()
+    precision = measure.PRECISIONS[device]
+    report = {"libraries": libraries, "precision": precision, "note": measure.NOTE, "steps": []}
+    print(measure.NOTE)
+    for size in sizes or ((1024, 2048) if device == "gpu" else (512,)):
+        rows = measure.compare(size, repeats, device)
+        report["steps"] += rows
+        print(f"\n{size} x {size} pixels, {precision}:\n\n{measure.steps_table(rows)}", flush=True)
+    report["image_flops"] = measure.image_flops(measure.FLOPS_SIZES)
+    print(f"\nTFLOP of an image, all steps (ratio):\n\n{measure.flops_table(report['image_flops'])}")
+    print(f"\n{libraries}")
+    finish(output, report)
+
+
+COMMANDS = {"pipeline": pipeline, "peers": peers}
 
 
 def main(arguments: list[str]) -> None:
