@@ -90,4 +90,4 @@ def test_import_contract_knows_every_entry_point():
 
 def test_shapes_are_checked_while_the_tests_run():
     with pytest.raises(TypeCheckError):
-        pad_by_reflection(np.zeros((2, 32, 32), np.float32), 32)
+        pad_by_reflection(np.zeros((2, 32, 32), np.float32), 32, 32)

@@ -22,6 +22,7 @@ from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import abstract_params, bind
 from zipir_jax.models.lp_vae import encode
 from zipir_jax.models.pixel_decoder import PixelDecoder
+from zipir_jax.planner import padded_size
 from zipir_jax.restorer import PHASES, Restorer, check_image, pad_by_reflection, target_size
 from zipir_jax.weights import save_weights
 
@@ -421,19 +422,19 @@ def test_a_seed_that_would_repeat_another_is_refused(restorer, photograph):
             restorer.restore(photograph, scale=1, seed=seed)
 
 
-@pytest.mark.parametrize("shape", [(24, 30), (32, 64), (33, 65)])
-def test_sides_become_multiples_of_the_pixels_of_a_token(shape):
+@pytest.mark.parametrize("size", [(24, 30), (32, 64), (33, 65)])
+def test_sides_become_multiples_of_the_pixels_of_a_token(tiny_model, size):
     """A DiT whose tokens cover 2 x 2 latent pixels needs multiples of 64."""
-    padded = pad_by_reflection(np.zeros((1, *shape, 3), np.float32), 64)
-    assert all(
-        side % 64 == 0 and 64 <= side - old < 128 for side, old in zip(padded.shape[1:3], shape, strict=True)
-    )
+    config = dataclasses.replace(tiny_model, dit=dataclasses.replace(tiny_model.dit, patch=2))
+    for side, padded in zip(size, padded_size(config, *size), strict=True):
+        assert padded % 64 == 0
+        assert 64 <= padded - side < 128
 
 
 def test_the_padding_does_not_reach_the_result(restorer, photograph):
     """24 x 30 pixels get 32 and more on all sides; what is cropped out is what the networks made of them."""
-    padded = pad_by_reflection(to_float(photograph)[None], 32)
-    assert padded.shape == (1, 96, 96, 3)
+    padded = pad_by_reflection(to_float(photograph)[None], 96, 96)
+    assert padded.shape == (1, *padded_size(restorer.config, 24, 30), 3) == (1, 96, 96, 3)
     inner = padded[0, 32:64, 32:64]
     np.testing.assert_array_equal(inner[:24, :30], to_float(photograph))
     np.testing.assert_array_equal(inner[24:], inner[22:14:-1])
@@ -477,15 +478,41 @@ def test_other_errors_of_jax_are_not_taken_for_memory(restorer, photograph, monk
         restorer.restore(photograph, scale=1, sampling=FAST)
 
 
+def test_a_dry_run_says_how_and_writes_nothing(photo, restore, tmp_path):
+    options = "--input", photo, "--output", tmp_path / "out" / "a.png", "--scale", 20
+    status, out, err = restore(*options, "--dry-run")
+    assert status == 0, err
+    assert f"{photo}:\n672 x 544 pixels with margins, 1 at once" in out
+    assert re.findall(r"^  (\w+): \d+\.\d\d GiB, (\w+)", out, re.MULTILINE) == [
+        ("encode", "whole"),
+        ("denoise", "357"),  # 21 x 17 latent pixels
+        ("decode", "whole"),
+    ]
+    assert "in tiles of" in restore(*options, "--dry-run", "--memory-gib", 0.05)[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_memory_does_not_hold_is_refused_before_it_starts(photo, restore, tmp_path):
+    output = tmp_path / "a.png"
+    for memory, message in (
+        (0.02, r"600 x 480 pixels need \S+ GiB to \w+, beside the weights, and 0\.02 GiB are free; the largest .* is"),
+        (0, "memory of 0 GiB is not above 0"),
+    ):
+        status, _, err = restore("--input", photo, "--output", output, "--scale", 20, "--memory-gib", memory)
+        assert status == 2
+        assert re.search(message, err), err
+    assert not output.exists()
+
+
 def test_a_folder_goes_on_after_a_picture_too_large_for_the_memory(
     photograph, call, tiny_weights, tmp_path, monkeypatch
 ):
     decode = restorer_module._decode
 
-    def fail_if_tall(config, weights, latent, lq):
+    def fail_if_tall(config, tiling, weights, latent, lq):
         if lq.shape[1] > lq.shape[2]:
             raise out_of_memory()
-        return decode(config, weights, latent, lq)
+        return decode(config, tiling, weights, latent, lq)
 
     monkeypatch.setattr(restorer_module, "_decode", fail_if_tall)
     write_image(tmp_path / "in" / "a.png", np.tile(photograph, (2, 1, 1)))

@@ -25,12 +25,12 @@ from zipir_jax.diffusion.schedule import linear_schedule, spaced_timesteps
 from zipir_jax.imageio import LARGEST_SIDE, resize, to_float, to_uint8
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind
-from zipir_jax.models.lp_vae import FACTOR, encode, unwhiten, whiten
-from zipir_jax.models.pixel_decoder import PixelDecoder
+from zipir_jax.models.lp_vae import encode, unwhiten, whiten
+from zipir_jax.models.pixel_decoder import pixel_decode
+from zipir_jax.planner import MARGIN, TEXT_BLOCK, Plan, available_memory, make_plan
 from zipir_jax.weights import load_weights
 
 NEEDED = ("statistics", "coarse_encoder", "fine_encoder", "dit", "pixel_decoder")
-MARGIN = FACTOR  # pixels; the outermost ones, where convolutions meet their padding of zeros, show a frame
 PHASES = ("encode", "denoise", "decode")  # that `Restorer.restore` reports, in this order
 
 
@@ -84,7 +84,9 @@ class Restorer:
         Raises ValueError, naming folder and tensor, if they cannot be read or do not fit together.
         """
         config, groups = load_weights(weights, NEEDED)
-        return cls(config, jax.device_put({group: groups[group] for group in NEEDED}))
+        return cls(
+            config, jax.device_put(in_compute_dtype(config, {group: groups[group] for group in NEEDED}))
+        )
 
     def restore(
         self,
@@ -97,6 +99,7 @@ class Restorer:
         denoise: bool = True,
         text: Float[np.ndarray, "l c"] | None = None,
         negative_text: Float[np.ndarray, "l2 c"] | None = None,
+        memory: int | None = None,
         progress: Callable[[str], None] = lambda phase: None,
     ) -> np.ndarray:
         """Restore a photograph, or a batch of photographs of one size. No file is read or written.
@@ -104,8 +107,9 @@ class Restorer:
         image: [h, w, 3] or [b, h, w, 3], uint8, or float32 in [-1, 1]; the result has its dtype. Give `scale`, the
         factor on both sides, or `size`, (height, width) in pixels. Each picture of a batch starts from the noise that
         it would have alone. denoise=False skips the diffusion and decodes the degraded image's latent as it is.
-        text, negative_text: embeddings for models trained with text. `progress` is told each of the PHASES before it
-        starts.
+        text, negative_text: embeddings for models trained with text. memory: bytes that the device may spend beside
+        the weights; None: as `available_memory` says. What does not fit whole runs in tiles, with the same result, and
+        a batch in parts. `progress` is told each of the PHASES before it starts, for each part anew.
 
         Raises ValueError for a wrong shape, dtype, scale or size, for text or sampling that does not suit the model,
         and for a size that needs more memory than there is.
@@ -118,21 +122,13 @@ class Restorer:
             check_sampling(self.config, sampling, negative_text is not None)
         check_seed(seed)
         keys = jnp.broadcast_to(jax.random.key(seed), (len(batch),))
+        branches = 0 if not denoise else 1 if negative_text is None or sampling.guidance == 1 else 2
+        plan = self.plan(image.shape, scale=scale, size=size, branches=branches, memory=memory)
         try:
             pictures = to_float(batch) if is_bytes else batch
-            lq = np.stack([resize(picture, height, width) for picture in pictures])
-            lq = pad_by_reflection(lq, FACTOR * self.config.dit.patch)
-            progress("encode")
-            latent = _encode(self.config, self.weights, lq)
-            if denoise:
-                progress("denoise")
-                latent = _denoise(
-                    self.config, sampling, self.weights, jax.block_until_ready(latent), keys, *texts
-                )
-            progress("decode")
-            restored = _decode(self.config, self.weights, jax.block_until_ready(latent), lq)
-            restored = np.asarray(restored)[:, MARGIN : MARGIN + height, MARGIN : MARGIN + width]
-            restored = np.clip(restored, -1, 1)
+            parts = [pictures[i : i + plan.pictures] for i in range(0, len(batch), plan.pictures)]
+            how = plan, sampling, keys, denoise, texts, progress
+            restored = np.concatenate([self._restore_part(part, height, width, *how) for part in parts])
             restored = restored[0] if image.ndim == 3 else restored
             return to_uint8(restored) if is_bytes else restored
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -142,6 +138,45 @@ class Restorer:
             raise ValueError(
                 f"{width} x {height} pixels need more memory than there is; choose a smaller scale or size"
             ) from error
+
+    def plan(
+        self,
+        shape: tuple[int, ...],
+        *,
+        scale: float | int | None = None,
+        size: tuple[int, int] | None = None,
+        branches: int = 1,
+        memory: int | None = None,
+    ) -> Plan:
+        """How `restore` would make a picture, or a batch, of this shape; arguments as there.
+
+        branches of the guidance: 2 with a negative text; 0: no diffusion. Raises ValueError, with the numbers and the
+        largest size that fits, for what does not fit into the memory.
+        """
+        height, width = target_size(shape[-3:-1], scale, size)
+        return make_plan(
+            self.config,
+            height,
+            width,
+            available=available_memory() if memory is None else memory,
+            pictures=shape[0] if len(shape) == 4 else 1,
+            branches=branches,
+        )
+
+    def _restore_part(self, pictures, height, width, plan, sampling, keys, denoise, texts, progress):
+        """float32 pictures [b, h, w, 3] of as many as fit at once."""
+        lq = np.stack([resize(picture, height, width) for picture in pictures])
+        lq = pad_by_reflection(lq, plan.height, plan.width)
+        progress("encode")
+        latent = jax.block_until_ready(_encode(self.config, plan.encode, self.weights, lq))
+        if denoise:
+            progress("denoise")
+            texts = [text and jax.tree.map(lambda x: x[: len(pictures)], text) for text in texts]
+            latent = _denoise(self.config, sampling, self.weights, latent, keys[: len(pictures)], *texts)
+            jax.block_until_ready(latent)
+        progress("decode")
+        restored = np.asarray(_decode(self.config, plan.decode, self.weights, latent, lq))
+        return np.clip(restored[:, MARGIN : MARGIN + height, MARGIN : MARGIN + width], -1, 1)
 
     def _texts(self, count, *texts):
         """Batched embeddings, padded to one length; raises ValueError where they do not suit the model."""
@@ -156,6 +191,7 @@ class Restorer:
         if texts[0] is None:
             raise ValueError("these weights were trained with text: give text embeddings")
         longest = max(len(text) for text in texts if text is not None)
+        longest = math.ceil(longest / TEXT_BLOCK) * TEXT_BLOCK
 
         def batched(text):
             padded = np.zeros((longest, channels), np.float32)
@@ -168,9 +204,9 @@ class Restorer:
         return tuple(None if text is None else batched(text) for text in texts)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(config, weights, lq):
-    return encode(weights, config.lp_vae, lq)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(config, tiling, weights, lq):
+    return encode(weights, config.lp_vae, lq, tiling)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -178,9 +214,27 @@ def _denoise(config, sampling, weights, lq_latent, keys, text, negative_text):
     return denoise_latent(weights, config, sampling, lq_latent, keys, text, negative_text)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(config, weights, latent, lq):
-    return bind(PixelDecoder, config.lp_vae, weights["pixel_decoder"])(latent, lq)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="lq")  # the result takes its place
+def _decode(config, tiling, weights, latent, lq):
+    return pixel_decode(weights["pixel_decoder"], config.lp_vae, latent, lq, tiling)
+
+
+def in_compute_dtype(config: ModelConfig, weights: dict) -> dict:
+    """Weights to sample with: kernels and biases in the dtype that each network computes in.
+
+    The layers would cast them at every use: the results are the same, bit for bit, from half the memory where that is
+    bfloat16. Norms and statistics stay float32.
+    """
+    vae = config.lp_vae
+    dtypes = dict.fromkeys(("fine_encoder", "fine_decoder", "pixel_decoder"), vae.fine.compute_dtype)
+    dtypes |= dict.fromkeys(("coarse_encoder", "coarse_decoder"), vae.coarse.compute_dtype)
+    dtypes["dit"] = config.dit.compute_dtype
+
+    def cast(path, leaf):
+        group, name = path[0].key, path[-1].key
+        return leaf.astype(dtypes[group]) if name in ("kernel", "bias") else leaf
+
+    return jax.tree.map_with_path(cast, weights)
 
 
 def check_image(image: np.ndarray) -> bool:
@@ -227,8 +281,11 @@ def target_size(
 
 
 def pad_by_reflection(
-    image: Float32[np.ndarray, "b h w c"], multiple: int
+    image: Float32[np.ndarray, "b h w c"], height: int, width: int
 ) -> Float32[np.ndarray, "b h2 w2 c"]:
-    """Continue an image on all sides by its mirror image, by MARGIN or more, to multiples of `multiple` pixels."""
-    rows, columns = ((MARGIN, MARGIN + -(side + 2 * MARGIN) % multiple) for side in image.shape[1:3])
+    """Continue an image on all sides by its mirror image, by MARGIN above and to the left, to (height, width)."""
+    rows, columns = (
+        (MARGIN, after - before - MARGIN)
+        for before, after in zip(image.shape[1:3], (height, width), strict=True)
+    )
     return np.pad(image, ((0, 0), rows, columns, (0, 0)), "reflect")

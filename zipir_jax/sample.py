@@ -31,6 +31,8 @@ def restore_files(
     weights: str = "default",
     seed: int = 0,
     overwrite: bool = False,
+    memory_gib: float | None = None,
+    dry_run: bool = False,
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig(),
 ) -> int:
     """Restore a photograph, or every photograph of a folder.
@@ -44,6 +46,9 @@ def restore_files(
         weights: folder of weights
         seed: of the noise that the sampler starts from; the same seed gives the same bytes
         overwrite: replace output files that exist
+        memory_gib: memory of the device to spend beside the weights; what does not fit whole runs in tiles, with the
+            same result. Not given: all that is free, on a CPU half of it
+        dry_run: restore nothing; print how each picture would be restored and the memory that it needs
         sampling: how the latent is sampled
     """
     target = None if size is None else parse_size(size)
@@ -56,6 +61,9 @@ def restore_files(
     from zipir_jax.restorer import PHASES, Restorer, check_sampling, target_size
 
     target_size((1, 1), scale, target)  # a scale or size that no image can have
+    if memory_gib is not None and not memory_gib > 0:
+        raise ValueError(f"memory of {memory_gib:g} GiB is not above 0")
+    memory = None if memory_gib is None else int(memory_gib * 2**30)
     cache_compiled_programs()
     restorer = Restorer.load(weights)
     check_sampling(restorer.config, sampling)
@@ -73,9 +81,13 @@ def restore_files(
                 if destination.exists() and not overwrite:
                     raise ValueError(f"{destination}: {EXISTS}")
                 image = read_image(source)
+                options = {"scale": scale, "size": target, "memory": memory}
                 try:
+                    if dry_run:
+                        bar.write("\n".join([f"{source}:", *restorer.plan(image.shape, **options).lines()]))
+                        continue
                     restored = restorer.restore(
-                        image, scale=scale, size=target, sampling=sampling, seed=seed, progress=progress
+                        image, **options, sampling=sampling, seed=seed, progress=progress
                     )
                 except ValueError as error:  # the restorer knows no files; reading and writing name theirs
                     raise ValueError(f"{source}: {error}") from error
@@ -85,8 +97,12 @@ def restore_files(
                     raise
                 failures += 1
                 bar.write(f"skipped: {error}", file=sys.stderr)
-            bar.update(len(PHASES) * (index + 1) - bar.n)  # a skipped file fills its share of the bar as well
-    print(f"restored {len(jobs) - failures}, skipped {failures}" if input.is_dir() else jobs[0][1])
+            finally:
+                bar.update(
+                    len(PHASES) * (index + 1) - bar.n
+                )  # a skipped file fills its share of the bar as well
+    if not dry_run:
+        print(f"restored {len(jobs) - failures}, skipped {failures}" if input.is_dir() else jobs[0][1])
     return 1 if failures else 0
 
 

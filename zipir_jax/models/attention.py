@@ -17,7 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from zipir_jax.parallel import MESH_AXES
 
-LARGEST_LOGITS = 256 * 2**20  # bytes of float32 logits that one device holds at a time with "xla"
+LARGEST_LOGITS = (
+    64 * 2**20
+)  # bytes of float32 logits that one device holds at a time with "xla"; near a cache's size
 LANES = 128  # of a TPU: its kernel takes sequences in blocks of multiples of them
 LARGEST_BLOCK = 512  # queries or keys of a splash kernel's block: what MaxText ships for all of its TPUs
 PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # that an implementation needs, as jax names them

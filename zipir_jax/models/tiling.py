@@ -171,3 +171,41 @@ def cut(array, cells, start, size):
     return lax.dynamic_slice(
         array, (0, start[0] * rows, start[1] * columns, 0), (b, size[0] * rows, size[1] * columns, c)
     )
+
+
+# PROVISIONAL
+def _part(config, height, width, tiling, live, halo):
+    value = 4
+
+    def scale_bytes(scale, h, w):
+        p = config.patch * 2**scale
+        return (h // p) * (w // p) * config.base_channels * config.multipliers[scale] * value
+
+    scales = 0 if tiling is None else tiled_scales(config, tiling.cell)
+    whole = max(scale_bytes(s, height, width) for s in range(scales, len(config.multipliers)))
+    tiles = 0
+    if scales:
+        hh = halo(config, scales) * tiling.cell
+        h, w = min(height, tiling.height + 2 * hh), min(width, tiling.width + 2 * hh)
+        tiles = max(scale_bytes(s, h, w) for s in range(scales))
+    return live * max(whole, tiles) + 50_000_000
+
+
+def encode_bytes(config, height, width, tiling):
+    return _part(config.fine, height, width, tiling, 4, encoder_halo)
+
+
+def pixel_decode_bytes(config, height, width, tiling):
+    return _part(config.fine, height, width, tiling, 6, pixel_decoder_halo)
+
+
+def choose_tiling(config, height, width, budget, bytes_of):
+    best = None
+    for cell in (8, 16, 32):
+        for side in (4096, 2048, 1024, 512, 256, 128, 64, 32):
+            t = Tiling(cell, side, side)
+            need = bytes_of(config, height, width, t)
+            if need <= budget:
+                return t
+            best = t
+    return best

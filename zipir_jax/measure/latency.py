@@ -1,0 +1,192 @@
+"""Seconds of restoring an image and of its phases, as a caller of `Restorer` waits for them, with random weights."""
+
+import dataclasses
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zipir_jax.config import DataConfig, ModelConfig, SamplingConfig
+from zipir_jax.measure.networks import ATTENTION, median_seconds, random_weights
+from zipir_jax.measure.report import table
+from zipir_jax.models.dit import DiT
+from zipir_jax.models.flops import dit_step_flops
+from zipir_jax.models.layers import bind, count_params
+from zipir_jax.models.lp_vae import FACTOR
+from zipir_jax.planner import padded_size
+from zipir_jax.restorer import NEEDED, PHASES, Restorer
+
+# What is asked of the sampler: how LQ tokens attend, steps, and whether a negative text guides it (only with text).
+SETTINGS = {
+    "paper": {"lq_attention": "joint", "steps": 25, "guided": False},
+    "paper, guided": {"lq_attention": "joint", "steps": 25, "guided": True},
+    "fast": {"lq_attention": "static", "steps": 8, "guided": False},
+    "fast, guided": {"lq_attention": "static", "steps": 8, "guided": True},
+}
+ENLARGEMENT = 8  # side of the restored image / side of the photograph that is given
+MATMUL = 8192  # rows and columns of the matrices whose product tells the rate that a device reaches
+
+# Table 3 of the paper: at 2048 px, on an A100-80G.
+PAPERS = [
+    {
+        "system": "SeeSR (paper, Table 3)",
+        "evaluations": 50,
+        "step": 1.420,
+        "image": 73.736,
+        "parameters": 0.5e9,
+    },
+    {
+        "system": "SUPIR (paper, Table 3)",
+        "evaluations": 50,
+        "step": 0.901,
+        "image": 52.994,
+        "parameters": 1.2e9,
+    },
+    {
+        "system": "ZipIR (paper, Table 3)",
+        "evaluations": 25,
+        "step": 0.250,
+        "image": 6.923,
+        "parameters": 3.1e9,
+    },
+]
+PAPERS_SIDE = 2048  # pixels
+
+
+def with_setting(config: ModelConfig, setting: str) -> ModelConfig:
+    """The model with the setting's LQ attention and the attention kernel of the device that jax computes on.
+
+    Raises ValueError for a setting that is not among SETTINGS, or that guides a model without text.
+    """
+    if setting not in SETTINGS:
+        raise ValueError(f"setting {setting!r} is not one of: {', '.join(SETTINGS)}")
+    if SETTINGS[setting]["guided"] and not config.dit.text_width:
+        raise ValueError(f"setting {setting!r} needs a model with text")
+    attention = ATTENTION[jax.default_backend()]
+    dit = dataclasses.replace(config.dit, lq_attention=SETTINGS[setting]["lq_attention"], attention=attention)
+    return dataclasses.replace(config, dit=dit)
+
+
+def restore_seconds(
+    config: ModelConfig, weights: dict, setting: str, sides: tuple[int, ...], repeats: int
+) -> list[dict]:
+    """A row for each side, in pixels, of square images: medians of `repeats` after a first time.
+
+    {"side", "setting", "steps", "evaluations" of the DiT, "first": seconds of the first time, compiling included,
+    "encode", "denoise", "decode", "image": seconds; "compile": first - image}. "image" begins with the photograph as an
+    array and ends with the restored one as an array, both on the host. config: of `with_setting`.
+    """
+    guided, steps = SETTINGS[setting]["guided"], SETTINGS[setting]["steps"]
+    restorer = Restorer(config, weights)
+    rng = np.random.default_rng(0)
+    texts = {}
+    if config.dit.text_width:
+        text = rng.standard_normal((DataConfig.text_tokens, config.dit.text_width), np.float32)
+        texts = {"text": text} | ({"negative_text": text[::-1]} if guided else {})
+    rows = []
+    for side in sides:
+        photograph = rng.integers(0, 256, (side // ENLARGEMENT,) * 2 + (3,), np.uint8)
+
+        def restore(side=side, photograph=photograph):
+            marks = []
+            began = time.perf_counter()
+            restorer.restore(
+                photograph,
+                size=(side, side),
+                sampling=SamplingConfig(steps=steps),
+                progress=lambda phase: marks.append(time.perf_counter()),
+                **texts,
+            )
+            marks.append(time.perf_counter())
+            return {"image": marks[-1] - began} | dict(zip(PHASES, np.diff(marks).tolist(), strict=True))
+
+        first = restore()["image"]
+        times = [restore() for _ in range(repeats)]
+        row = {name: statistics.median(t[name] for t in times) for name in times[0]}
+        evaluations = steps * (2 if guided else 1)
+        rows.append(
+            {"side": side, "setting": setting, "steps": steps, "evaluations": evaluations, "first": first}
+            | row
+            | {"compile": first - row["image"]}
+        )
+    return rows
+
+
+def step_seconds(config: ModelConfig, weights: dict, side: int, guided: bool, repeats: int) -> dict:
+    """{"step": median seconds of one denoising step alone, "step_flops"} for a square image of `side` pixels.
+
+    With guidance a step evaluates the DiT on both branches. config: of `with_setting`.
+    """
+    height, width = (length // FACTOR for length in padded_size(config, side, side))
+    branches = 2 if guided else 1
+    latent = jnp.zeros((1, height, width, config.dit.latent_channels))
+    noisy = jnp.zeros((branches, height, width, config.dit.latent_channels))
+    text = {}
+    if config.dit.text_width:
+        text["text"] = jnp.ones((branches, DataConfig.text_tokens, config.dit.text_width))
+        text["text_lengths"] = jnp.full(branches, DataConfig.text_tokens)
+
+    @jax.jit
+    def read(params, latent, text):
+        return bind(DiT, config.dit, params).read(latent, **text)
+
+    @jax.jit
+    def step(params, noisy, timesteps, condition):
+        return bind(DiT, config.dit, params).denoise(noisy, timesteps, condition)
+
+    condition = read(weights["dit"], latent, text)
+    arguments = weights["dit"], noisy, jnp.full(branches, 500), condition
+    seconds = median_seconds(lambda: jax.block_until_ready(step(*arguments)), repeats)
+    flops = branches * dit_step_flops(config.dit, height, width, DataConfig.text_tokens)
+    return {"step": seconds, "step_flops": flops}
+
+
+def matmul_rate(dtype: str, repeats: int) -> float:
+    """FLOP/s of the product of two square matrices of MATMUL rows, as large as a network's: what can be reached."""
+    size = MATMUL if jax.default_backend() != "cpu" else MATMUL // 4
+    matrix = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    return 2 * size**3 / median_seconds(lambda: jax.block_until_ready(product(matrix, matrix)), repeats)
+
+
+def latency(
+    config: ModelConfig, settings: tuple[str, ...], sides: tuple[int, ...], repeats: int
+) -> tuple[list[dict], float]:
+    """Rows of `restore_seconds` and `step_seconds`, for each setting and side, and the rate of matrix products.
+
+    The weights are random: time does not depend on them.
+    """
+    rate = matmul_rate(config.dit.compute_dtype, repeats)
+    weights = random_weights(config, NEEDED)
+    rows = []
+    for setting in settings:
+        variant, guided = with_setting(config, setting), SETTINGS[setting]["guided"]
+        for row in restore_seconds(variant, weights, setting, sides, repeats):
+            row |= step_seconds(variant, weights, row["side"], guided, repeats)
+            row["utilisation"] = row["step_flops"] / row["step"] / rate
+            row["parameters"] = count_params(weights["dit"])
+            rows.append(row)
+    return rows, rate
+
+
+def phases_table(rows: list[dict]) -> str:
+    """Markdown of what `latency` returns, a row for each size and setting."""
+    columns = {"pixels": "{side} x {side}", "setting": "{setting}", "evaluations": "{evaluations}"}
+    columns |= {"step, ms": "{step_ms:.1f}", "of the matmul rate": "{utilisation:.0%}"}
+    columns |= {f"{phase}, s": f"{{{phase}:.3f}}" for phase in (*PHASES, "image")}
+    columns["compile, s"] = "{compile:.1f}"
+    return table([row | {"step_ms": 1e3 * row["step"]} for row in rows], columns)
+
+
+def papers_table(rows: list[dict], hardware: str) -> str:
+    """Markdown: Table 3 of the paper, with the rows of its size below the paper's."""
+    ours = [
+        row | {"system": f"zipir_jax, {row['setting']} ({hardware})"}
+        for row in rows
+        if row["side"] == PAPERS_SIDE
+    ]
+    shown = [row | {"ms": 1e3 * row["step"], "billions": row["parameters"] / 1e9} for row in (*PAPERS, *ours)]
+    columns = {"system": "{system}", "NFEs": "{evaluations}", "latency of a step, ms": "{ms:.0f}"}
+    return table(shown, columns | {"image, s": "{image:.2f}", "parameters, 10^9": "{billions:.2f}"})

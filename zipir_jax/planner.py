@@ -1,0 +1,174 @@
+"""How pictures are restored within the memory that there is: chosen, or refused, before anything runs.
+
+What a phase needs is estimated by formulas whose factors were measured against XLA's accounts of the compiled programs;
+`benchmark memory` measures them again. The weights are on the device already: what is said here comes on top of them.
+"""
+
+import bisect
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import psutil
+
+from zipir_jax.config import DiTConfig, ModelConfig
+from zipir_jax.models.attention import LARGEST_LOGITS
+from zipir_jax.models.dit import Block
+from zipir_jax.models.layers import abstract_params, count_params
+from zipir_jax.models.lp_vae import FACTOR
+from zipir_jax.models.tiling import Tiling, choose_tiling, encode_bytes, pixel_decode_bytes
+
+MARGIN = FACTOR  # pixels; the outermost ones, where convolutions meet their padding of zeros, show a frame
+# Tokens; text is padded to a multiple of them, so that another prompt needs no other program.
+TEXT_BLOCK = 128
+CPU_SHARE = (
+    0.5  # of the free memory that restoring takes unless told otherwise: a laptop has other things to do
+)
+CGROUP = Path("/sys/fs/cgroup")  # of Linux: the memory that a container may use
+# Measured: arrays of all tokens that are alive at once in a block, and float32 arrays of the logits of a block of
+# queries.
+LIVE_TOKENS = 8
+LIVE_LOGITS = 2
+HOST_IMAGES = 4
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How pictures of one size are restored."""
+
+    height: int  # of what the networks see, pixels
+    width: int
+    pictures: int  # at once
+    encode: Tiling | None  # None: whole
+    decode: Tiling | None
+    needs: dict[str, int]  # bytes of each phase
+    available: int  # bytes
+
+    def lines(self) -> list[str]:
+        """What a person reads: a line for the picture, one for each phase."""
+        latent = self.height * self.width // FACTOR**2
+        how = {"encode": _how(self.encode), "denoise": f"{latent} latent pixels", "decode": _how(self.decode)}
+        first = f"{self.width} x {self.height} pixels with margins, {self.pictures} at once, {_gib(self.available)}"
+        return [f"{first} to use"] + [f"  {p}: {_gib(need)}, {how[p]}" for p, need in self.needs.items()]
+
+
+def _how(tiling):
+    if tiling is None:
+        return "whole"
+    return f"in tiles of {tiling.width} x {tiling.height} pixels above 1/{tiling.cell} of the resolution"
+
+
+def _gib(count):
+    return f"{count / GIB:.2f} GiB"
+
+
+def padded_size(config: ModelConfig, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of what the networks see of a picture: MARGIN or more beside it, in multiples of a token."""
+    multiple = FACTOR * config.dit.patch
+    return tuple(math.ceil((side + 2 * MARGIN) / multiple) * multiple for side in (height, width))
+
+
+def available_memory() -> int:
+    """Bytes that may be spent on the device that jax computes on: all that is free, on a CPU CPU_SHARE of it."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    except (OSError, ValueError):  # not on Linux, not in a container, or one without a limit
+        pass
+    return int(CPU_SHARE * free)
+
+
+def make_plan(
+    config: ModelConfig, height: int, width: int, *, available: int, pictures: int = 1, branches: int = 1
+) -> Plan:
+    """How to restore pictures of (height, width) pixels, without margins, in `available` bytes.
+
+    As many pictures at once as fit whole; where not even one does, one at a time with the LP-VAE in tiles. branches of
+    the guidance, each with a text; 0: no diffusion. Raises ValueError with what is needed, what there is, and the
+    largest size of this shape that fits.
+    """
+    plan = _plan(config, *padded_size(config, height, width), available, pictures, branches)
+    phase, need = max(plan.needs.items(), key=lambda item: item[1])
+    if need <= available:
+        return plan
+
+    def shape(longest):
+        return tuple(round(side * longest / max(height, width)) or 1 for side in (height, width))
+
+    def too_large(longest):
+        size = padded_size(config, *shape(longest))
+        return max(_plan(config, *size, available, 1, branches).needs.values()) > available
+
+    longest = bisect.bisect_left(range(max(height, width)), True, lo=1, key=too_large) - 1
+    there = f"{width} x {height} pixels need {_gib(need)} to {phase}, beside the weights, and {_gib(available)} are "
+    there += "free"
+    if not longest:
+        raise ValueError(f"{there}; that is too little for any picture")
+    height, width = shape(longest)
+    raise ValueError(f"{there}; the largest of this shape that fits is {width} x {height}")
+
+
+def _plan(config, height, width, available, pictures, branches):
+    """The plan that fits or, if none does, the one that needs least."""
+    for count in range(pictures, 0, -1):
+        needs = needed_bytes(config, height, width, None, None, count, branches)
+        if max(needs.values()) <= available:
+            return Plan(height, width, count, None, None, needs, available)
+    vae, images = config.lp_vae, image_bytes(height, width)
+    encode, decode = (
+        choose_tiling(vae, height, width, available - images, of) for of in (encode_bytes, pixel_decode_bytes)
+    )
+    needs = needed_bytes(config, height, width, encode, decode, 1, branches)
+    return Plan(height, width, 1, encode, decode, needs, available)
+
+
+def needed_bytes(
+    config: ModelConfig,
+    height: int,
+    width: int,
+    encode: Tiling | None,
+    decode: Tiling | None,
+    pictures: int,
+    branches: int,
+) -> dict[str, int]:
+    """Bytes of each phase beside the weights; sides of what the networks see, pixels; other arguments as of a plan."""
+    vae, images = config.lp_vae, pictures * image_bytes(height, width)
+    needs = {
+        "encode": images + pictures * encode_bytes(vae, height, width, encode),
+        "denoise": pictures * denoise_bytes(config.dit, height // FACTOR, width // FACTOR, branches),
+        "decode": images + pictures * pixel_decode_bytes(vae, height, width, decode),
+    }
+    return needs if branches else {phase: need for phase, need in needs.items() if phase != "denoise"}
+
+
+def compute_bytes(dtype: str) -> int:
+    """Of a value that is computed in this dtype: XLA's CPU backend computes bfloat16 in float32."""
+    return 4 if jax.default_backend() == "cpu" else jnp.dtype(dtype).itemsize
+
+
+def image_bytes(height: int, width: int) -> int:
+    """Of a picture as the networks read it; on a CPU of the copies on the host, too."""
+    return 12 * height * width * (HOST_IMAGES if jax.default_backend() == "cpu" else 1)
+
+
+def denoise_bytes(config: DiTConfig, height: int, width: int, branches: int) -> int:
+    """Of denoising one picture, beside the weights; sides of the latent."""
+    noisy = height * width // config.patch**2
+    static = config.lq_attention == "static"
+    moving = branches * noisy * (1 if static else 2)  # tokens that the blocks change
+    value = compute_bytes(config.compute_dtype)
+    tokens = LIVE_TOKENS * moving * config.width * value
+    logits = 0
+    if config.attention == "xla":
+        logits = LIVE_LOGITS * min(LARGEST_LOGITS, 4 * config.heads * moving * 2 * noisy)
+    layer = count_params(abstract_params(Block, config)) * value  # which a scan copies out of the stack
+    text = 2 * config.layers * branches * TEXT_BLOCK * config.width * value if config.text_width else 0
+    lq = 2 * config.layers * noisy * config.width * value if static else 0
+    return tokens + logits + layer + text + lq
