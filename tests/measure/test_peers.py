@@ -17,6 +17,7 @@ import pytest
 from zipir_jax import benchmark
 from zipir_jax.config import MODELS
 from zipir_jax.measure import peers
+from zipir_jax.measure.timing import cheap_params
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import abstract_params, count_params
 
@@ -168,7 +169,7 @@ def test_a_process_that_fails_or_dies_leaves_the_reason():
 
 def test_our_call_depends_on_all_that_it_is_given():
     config = dataclasses.replace(MODELS["tiny"].dit, text_width=16)
-    params = peers.cheap_params(config)
+    params = cheap_params(DiT, config)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract_params(DiT, config))
     generator = np.random.default_rng(0)
     noisy, lq = generator.normal(size=(2, 1, 2, 2, config.latent_channels)).astype(np.float32)
@@ -179,20 +180,6 @@ def test_our_call_depends_on_all_that_it_is_given():
     for position, value in enumerate(inputs):
         changed = [*inputs[:position], 0.5 * value, *inputs[position + 1 :]]
         assert jnp.abs(denoise(params, *changed) - before).max() > 1e-3
-
-
-def test_weights_are_of_the_compute_dtype():
-    config = dataclasses.replace(MODELS["tiny"].dit, compute_dtype="bfloat16")
-    params = jax.eval_shape(lambda: peers.cheap_params(config))
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
-
-
-def test_the_median_leaves_the_first_call_out(monkeypatch):
-    clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 29.0])
-    monkeypatch.setattr(peers.time, "perf_counter", lambda: next(clock))
-    steps = []
-    assert peers.median_seconds(lambda: steps.append(1), 3) == 2
-    assert len(steps) == 4
 
 
 @pytest.mark.parametrize("network", peers.UNETS)
