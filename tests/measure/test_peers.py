@@ -169,7 +169,7 @@ def test_a_process_that_fails_or_dies_leaves_the_reason():
 
 def test_our_call_depends_on_all_that_it_is_given():
     config = dataclasses.replace(MODELS["tiny"].dit, text_width=16)
-    params = cheap_params(DiT, config)
+    params = cheap_params(DiT, config, "float32")
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract_params(DiT, config))
     generator = np.random.default_rng(0)
     noisy, lq = generator.normal(size=(2, 1, 2, 2, config.latent_channels)).astype(np.float32)

@@ -69,7 +69,7 @@ SYSTEMS = {
         "network": "paper",
         "steps": SamplingConfig.steps,
         "calls": 2,
-        "source": "paper, section 4 and supplement A: 25 DDIM steps, guidance 3.5",
+        "source": "paper, section 4 and supplement G: 25 DDIM steps, guidance 3.5",
     },
     "ZipIR 3.12B, unguided": {
         "network": "paper",
@@ -245,7 +245,7 @@ def time_dit(network: str, side: int, batch: int, repeats: int, device: str) -> 
         compute_dtype="bfloat16" if gpu else "float32",
         attention="cudnn" if gpu else "xla",
     )
-    params = cheap_params(DiT, config)
+    params = cheap_params(DiT, config, config.compute_dtype)
     # Not constant: a GPU computes faster where few bits change.
     noisy, lq = jax.random.normal(
         jax.random.key(0), (2, batch, side // FACTOR, side // FACTOR, config.latent_channels)

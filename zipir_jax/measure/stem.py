@@ -42,10 +42,8 @@ def stem_costs(size: int, repeats: int) -> list[dict]:
     rows = []
     for patch in PATCHES:
         lp_vae = with_patch(MODELS["paper"].lp_vae, patch)
-        if jax.default_backend() == "cpu":
-            lp_vae = dataclasses.replace(
-                lp_vae, fine=dataclasses.replace(lp_vae.fine, compute_dtype="float32")
-            )
+        dtype = "float32" if jax.default_backend() == "cpu" else lp_vae.fine.compute_dtype
+        lp_vae = dataclasses.replace(lp_vae, fine=dataclasses.replace(lp_vae.fine, compute_dtype=dtype))
         image = jnp.ones((1, size, size, 3))
         latent = jnp.ones((1, size // FACTOR, size // FACTOR, lp_vae.fine.decoder_channels))
         networks = {
@@ -56,7 +54,7 @@ def stem_costs(size: int, repeats: int) -> list[dict]:
         for name, (flops, module_class, config, inputs) in networks.items():
             row = {"patch": patch, "network": name, "flops": flops(config, FLOPS_SIZE, FLOPS_SIZE)}
             row["parameters"] = count_params(abstract_params(module_class, config))
-            row["seconds"] = _seconds(module_class, config, inputs, repeats)
+            row["seconds"] = _seconds(module_class, config, dtype, inputs, repeats)
             reference = rows[len(rows) % len(networks)] if patch != PATCHES[0] else row
             row["flops_ratio"] = row["flops"] / reference["flops"]
             row["seconds_ratio"] = row["seconds"] / reference["seconds"]
@@ -64,7 +62,7 @@ def stem_costs(size: int, repeats: int) -> list[dict]:
     return rows
 
 
-def _seconds(module_class, config, inputs, repeats):
-    params = cheap_params(module_class, config)
+def _seconds(module_class, config, dtype, inputs, repeats):
+    params = cheap_params(module_class, config, dtype)
     forward = jax.jit(lambda params, *inputs: bind(module_class, config, params)(*inputs))
     return median_seconds(lambda: jax.block_until_ready(forward(params, *inputs)), repeats)

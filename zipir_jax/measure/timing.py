@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from zipir_jax.models.layers import abstract_params
 
 
-def cheap_params(module_class, config) -> dict:
-    """Parameters of `module_class(config)` in its compute dtype: random kernels, scales of 1 and biases of 0.
+def cheap_params(module_class, config, dtype: str) -> dict:
+    """Parameters of `module_class(config)` in `dtype`: random kernels, scales of 1 and biases of 0.
 
     Stacked layers share one kernel, and so do the pixels of a convolution's window: to draw the 3.12 billion numbers of
     the paper's DiT would take minutes on a CPU, and memory for each in float32.
@@ -26,7 +26,7 @@ def cheap_params(module_class, config) -> dict:
             values = jax.random.normal(jax.random.key(0), leaf.shape[-2:]) / inputs**0.5
         else:
             values = jnp.float32(path[-1].key == "scale")
-        return jnp.broadcast_to(values.astype(config.compute_dtype), leaf.shape)
+        return jnp.broadcast_to(values.astype(dtype), leaf.shape)
 
     abstract = abstract_params(module_class, config)
     return jax.jit(lambda: jax.tree_util.tree_map_with_path(draw, abstract))()
