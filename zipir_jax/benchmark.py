@@ -106,7 +106,28 @@ def peers(sizes: tuple[int, ...] = (), repeats: int = 3, output: Path | None = N
     finish(output, report)
 
 
-COMMANDS = {"pipeline": pipeline, "peers": peers}
+def stem(size: int = 512, repeats: int = 3, output: Path | None = None) -> None:
+    """The paper's LP-VAE with patches of 1, 2 and 4 pixels in its fine band: FLOPs at 2048 px, and seconds.
+
+    Args:
+        size: pixels, side of the image that is timed
+        repeats: passes of each network, of which the median counts
+        output: JSON file to write
+    """
+    from zipir_jax.measure.report import finish, table
+    from zipir_jax.measure.stem import FLOPS_SIZE, stem_costs
+
+    if output is not None:
+        check_writable(output.parent)
+    rows = stem_costs(size, repeats)
+    columns = {"network": "{network}", "patch": "{patch}", "parameters": "{parameters:,}"}
+    columns |= {f"TFLOP at {FLOPS_SIZE} px": "{teraflop:.2f}", "ratio": "{flops_ratio:.2f}"}
+    columns |= {f"s at {size} px": "{seconds:.3g}", "ratio of s": "{seconds_ratio:.2f}"}
+    print(table([row | {"teraflop": row["flops"] / 1e12} for row in rows], columns))
+    finish(output, {"size": size, "flops_size": FLOPS_SIZE, "rows": rows})
+
+
+COMMANDS = {"pipeline": pipeline, "peers": peers, "stem": stem}
 
 
 def main(arguments: list[str]) -> None:

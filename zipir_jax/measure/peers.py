@@ -9,7 +9,6 @@ side, of ours 32 times. torch runs them eagerly, as their own command lines do; 
 import dataclasses
 import importlib.util
 import os
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -21,9 +20,10 @@ import jax.numpy as jnp
 
 from zipir_jax.config import MODELS, DataConfig, DiTConfig, SamplingConfig
 from zipir_jax.measure.report import table
+from zipir_jax.measure.timing import cheap_params, check_repeats, median_seconds
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.flops import dit_flops
-from zipir_jax.models.layers import abstract_params, bind, count_params
+from zipir_jax.models.layers import bind, count_params
 from zipir_jax.models.lp_vae import FACTOR
 
 UNET_FACTOR = 8  # pixels per latent pixel of the Stable Diffusion VAEs
@@ -69,7 +69,7 @@ SYSTEMS = {
         "network": "paper",
         "steps": SamplingConfig.steps,
         "calls": 2,
-        "source": "paper, section 4 and supplement A: 25 DDIM steps, guidance 3.5",
+        "source": "paper, section 4 and supplement G: 25 DDIM steps, guidance 3.5",
     },
     "ZipIR 3.12B, unguided": {
         "network": "paper",
@@ -114,9 +114,6 @@ SYSTEMS = {
         "source": "Fanghua-Yu/SUPIR, test.py: --edm_steps 50 --s_cfg 7.5 by default",
     },
 }
-OURS = next(iter(SYSTEMS))
-
-
 PRECISIONS = {"cpu": "float32", "gpu": "bfloat16"}
 FLOPS_SIZES = (512, 1024, 2048, 4096)  # pixels, at which the FLOPs of an image are counted
 NOTE = (
@@ -149,15 +146,14 @@ def shared_device() -> tuple[str, str]:
 
 
 def compare(side: int, repeats: int, device: str) -> list[dict]:
-    """A row for each of SYSTEMS: seconds a step and an image of `side` x `side` pixels, and their ratios to OURS.
+    """A row for each of SYSTEMS: seconds a step and an image of `side` x `side` pixels, and their ratios to the first.
 
     A step runs the network on a batch of as many as the system's calls; an image takes all of its steps. device:
     "gpu" (bfloat16) or "cpu" (float32). Seconds and ratios of what did not run are None; its "error" says why. Raises
     ValueError for a side that is not a multiple of 64 and for fewer than one repeat.
     """
     check_size(side)
-    if repeats < 1:
-        raise ValueError(f"repeats {repeats} is below 1")
+    check_repeats(repeats)
     measured, rows = {}, []
     for name, system in SYSTEMS.items():
         network, batch = system["network"], system["calls"]
@@ -174,7 +170,7 @@ def compare(side: int, repeats: int, device: str) -> list[dict]:
 
 
 def image_flops(sides: tuple[int, ...]) -> list[dict]:
-    """A row for each of SYSTEMS: {"flops", "ratio"} of all steps of an image, by its side in pixels; ratio to OURS.
+    """A row for each of SYSTEMS: FLOPs of all steps of an image, by its side in pixels, and their ratio to the first.
 
     Counted, not measured, and the same on any device. Raises ValueError for a side that is not a multiple of 64.
     """
@@ -236,17 +232,6 @@ def in_own_process(function: Callable[..., dict], *arguments) -> dict:
             return {"seconds": None, "error": str(error).partition("\n")[0] or type(error).__name__}
 
 
-def median_seconds(step: Callable[[], object], repeats: int) -> float:
-    """Median of the seconds that `step` takes, after one call that does not count: it loads and tunes kernels."""
-    step()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
-
-
 # --------------------------------------------------------------------------------------------------
 # Ours
 # --------------------------------------------------------------------------------------------------
@@ -260,10 +245,15 @@ def time_dit(network: str, side: int, batch: int, repeats: int, device: str) -> 
         compute_dtype="bfloat16" if gpu else "float32",
         attention="cudnn" if gpu else "xla",
     )
-    params = cheap_params(config)
-    latent = jnp.ones((batch, side // FACTOR, side // FACTOR, config.latent_channels))
-    text = jnp.ones((batch, DataConfig.text_tokens, config.text_width)) if config.text_width else None
-    inputs = params, latent, jnp.full(batch, 500.0), latent, text
+    params = cheap_params(DiT, config, config.compute_dtype)
+    # Not constant: a GPU computes faster where few bits change.
+    noisy, lq = jax.random.normal(
+        jax.random.key(0), (2, batch, side // FACTOR, side // FACTOR, config.latent_channels)
+    )
+    text = None
+    if config.text_width:
+        text = jax.random.normal(jax.random.key(1), (batch, DataConfig.text_tokens, config.text_width))
+    inputs = params, noisy, jnp.full(batch, 500.0), lq, text
     started = time.perf_counter()
     step = jax.jit(denoise, static_argnums=0).lower(config, *inputs).compile()
     compile_seconds = time.perf_counter() - started
@@ -277,23 +267,6 @@ def time_dit(network: str, side: int, batch: int, repeats: int, device: str) -> 
 def denoise(config: DiTConfig, params: dict, noisy, timesteps, lq, text):
     """One call of the DiT, as a sampling step makes it."""
     return bind(DiT, config, params)(noisy, timesteps, lq, text)
-
-
-def cheap_params(config: DiTConfig) -> dict:
-    """Parameters in the compute dtype: random kernels, the same ones in every layer, as only time is to be measured.
-
-    Drawn layer by layer, 3.12 billion numbers would take minutes on a CPU.
-    """
-
-    def draw(path, leaf):
-        if path[-1].key == "kernel":
-            values = jax.random.normal(jax.random.key(0), leaf.shape[-2:]) / leaf.shape[-2] ** 0.5
-        else:
-            values = jnp.float32(path[-1].key == "scale")
-        return jnp.broadcast_to(values.astype(config.compute_dtype), leaf.shape)
-
-    abstract = abstract_params(DiT, config)
-    return jax.jit(lambda: jax.tree_util.tree_map_with_path(draw, abstract))()
 
 
 def our_flops(network: str, side: int) -> int:
@@ -349,14 +322,14 @@ def unet_inputs(network: str, side: int, batch: int, **options) -> dict:
 
     config = UNETS[network]
     inputs = {
-        "sample": torch.ones(batch, 4, side // UNET_FACTOR, side // UNET_FACTOR, **options),
+        "sample": torch.randn(batch, 4, side // UNET_FACTOR, side // UNET_FACTOR, **options),
         "timestep": torch.full((batch,), 500.0, **options),
-        "encoder_hidden_states": torch.ones(batch, CLIP_TOKENS, config["cross_attention_dim"], **options),
+        "encoder_hidden_states": torch.randn(batch, CLIP_TOKENS, config["cross_attention_dim"], **options),
     }
     if "addition_embed_type" in config:
         inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.ones(batch, CLIP_POOLED, **options),
-            "time_ids": torch.ones(batch, TIME_IDS, **options),
+            "text_embeds": torch.randn(batch, CLIP_POOLED, **options),
+            "time_ids": torch.full((batch, TIME_IDS), float(side), **options),
         }
     return inputs
 

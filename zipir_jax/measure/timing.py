@@ -1,0 +1,53 @@
+"""What timing a network takes: weights of which only the shape matters, and a clock."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from zipir_jax.models.layers import abstract_params
+
+
+def cheap_params(module_class, config, dtype: str) -> dict:
+    """Parameters of `module_class(config)` in `dtype`: random kernels, scales of 1 and biases of 0.
+
+    Stacked layers share one kernel, and so do the pixels of a convolution's window: to draw the 3.12 billion numbers of
+    the paper's DiT would take minutes on a CPU, and memory for each in float32.
+    """
+
+    def draw(path, leaf):
+        if path[-1].key == "kernel":
+            inputs = (
+                math.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[-2]
+            )  # of a convolution, else linear
+            values = jax.random.normal(jax.random.key(0), leaf.shape[-2:]) / inputs**0.5
+        else:
+            values = jnp.float32(path[-1].key == "scale")
+        return jnp.broadcast_to(values.astype(dtype), leaf.shape)
+
+    abstract = abstract_params(module_class, config)
+    return jax.jit(lambda: jax.tree_util.tree_map_with_path(draw, abstract))()
+
+
+def median_seconds(step: Callable[[], object], repeats: int) -> float:
+    """Median of the seconds that `step` takes, after one call that does not count: it loads and tunes kernels.
+
+    `step` has to wait for the device. Raises ValueError for fewer than one repeat.
+    """
+    check_repeats(repeats)
+    step()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def check_repeats(repeats: int) -> None:
+    """Raises ValueError for fewer than one repeat."""
+    if repeats < 1:
+        raise ValueError(f"repeats {repeats} is below 1")
