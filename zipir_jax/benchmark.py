@@ -77,6 +77,49 @@ def cores_needed(speeds: list[dict]) -> list[dict]:
     return needs
 
 
+def latency(
+    model: str = "",
+    settings: tuple[str, ...] = (),
+    sizes: tuple[int, ...] = (),
+    repeats: int = 3,
+    output: Path | None = None,
+) -> None:
+    """Seconds of a denoising step, of encoding, denoising and decoding, and of a whole image, with random weights.
+
+    Args:
+        model: preset of config.py; not given: small on a CPU, else paper
+        settings: paper (25 steps), fast (8 steps, static LQ tokens), either with ", guided"; () = all that suit the
+            model
+        sizes: pixels, sides of the image; () = 1024 and 2048 on a CPU, else 1024, 2048, 4096 and 8192
+        repeats: of each measurement, of which the median counts
+        output: JSON file to write
+    """
+    import jax
+
+    from zipir_jax.measure import latency as measure
+    from zipir_jax.measure.report import finish
+
+    if output is not None:
+        check_writable(output.parent)
+    on_cpu = jax.default_backend() == "cpu"
+    model = model or ("small" if on_cpu else "paper")
+    if model not in MODELS:
+        raise ValueError(f"model {model!r} is not one of: {', '.join(MODELS)}")
+    jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is measured, too
+    rows, rate = measure.latency(
+        MODELS[model],
+        settings or measure.settings_of(MODELS[model]),
+        sizes or ((1024, 2048) if on_cpu else (1024, 2048, 4096, 8192)),
+        repeats,
+    )
+    print(
+        f"{model}, {MODELS[model].dit.compute_dtype}; products of large matrices: {rate / 1e12:.4g} TFLOP/s\n"
+    )
+    print(measure.phases_table(rows))
+    print(f"\nTable 3 of the paper:\n\n{measure.papers_table(rows, model)}")
+    finish(output, {"model": model, "matmul_flops_per_second": rate, "rows": rows})
+
+
 def peers(sizes: tuple[int, ...] = (), repeats: int = 3, output: Path | None = None) -> None:
     """Our DiTs beside the UNets of SeeSR, StableSR, DiffBIR and SUPIR: seconds a step and an image, random weights.
 
@@ -127,7 +170,7 @@ def stem(size: int = 512, repeats: int = 3, output: Path | None = None) -> None:
     finish(output, {"size": size, "flops_size": FLOPS_SIZE, "rows": rows})
 
 
-COMMANDS = {"pipeline": pipeline, "peers": peers, "stem": stem}
+COMMANDS = {"pipeline": pipeline, "latency": latency, "peers": peers, "stem": stem}
 
 
 def main(arguments: list[str]) -> None:

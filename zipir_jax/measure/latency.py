@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from zipir_jax.config import DataConfig, ModelConfig, SamplingConfig
-from zipir_jax.measure.networks import ATTENTION, median_seconds, random_weights
 from zipir_jax.measure.report import table
+from zipir_jax.measure.timing import ATTENTION, cheap_weights, median_seconds
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.flops import dit_step_flops
 from zipir_jax.models.layers import bind, count_params
 from zipir_jax.models.lp_vae import FACTOR
 from zipir_jax.planner import padded_size
-from zipir_jax.restorer import NEEDED, PHASES, Restorer
+from zipir_jax.restorer import PHASES, Restorer
 
 # What is asked of the sampler: how LQ tokens attend, steps, and whether a negative text guides it (only with text).
 SETTINGS = {
@@ -31,21 +31,21 @@ MATMUL = 8192  # rows and columns of the matrices whose product tells the rate t
 # Table 3 of the paper: at 2048 px, on an A100-80G.
 PAPERS = [
     {
-        "system": "SeeSR (paper, Table 3)",
+        "system": "SeeSR (A100-80G)",
         "evaluations": 50,
         "step": 1.420,
         "image": 73.736,
         "parameters": 0.5e9,
     },
     {
-        "system": "SUPIR (paper, Table 3)",
+        "system": "SUPIR (A100-80G)",
         "evaluations": 50,
         "step": 0.901,
         "image": 52.994,
         "parameters": 1.2e9,
     },
     {
-        "system": "ZipIR (paper, Table 3)",
+        "system": "ZipIR (A100-80G)",
         "evaluations": 25,
         "step": 0.250,
         "image": 6.923,
@@ -53,6 +53,11 @@ PAPERS = [
     },
 ]
 PAPERS_SIDE = 2048  # pixels
+
+
+def settings_of(config: ModelConfig) -> tuple[str, ...]:
+    """The names of SETTINGS that suit a model."""
+    return tuple(name for name, setting in SETTINGS.items() if config.dit.text_width or not setting["guided"])
 
 
 def with_setting(config: ModelConfig, setting: str) -> ModelConfig:
@@ -121,11 +126,15 @@ def step_seconds(config: ModelConfig, weights: dict, side: int, guided: bool, re
     """
     height, width = (length // FACTOR for length in padded_size(config, side, side))
     branches = 2 if guided else 1
-    latent = jnp.zeros((1, height, width, config.dit.latent_channels))
-    noisy = jnp.zeros((branches, height, width, config.dit.latent_channels))
+    # Not constant: a GPU computes faster where few bits change.
+    latent, noisy = (
+        jax.random.normal(jax.random.key(0), (count, height, width, config.dit.latent_channels))
+        for count in (1, branches)
+    )
     text = {}
     if config.dit.text_width:
-        text["text"] = jnp.ones((branches, DataConfig.text_tokens, config.dit.text_width))
+        shape = branches, DataConfig.text_tokens, config.dit.text_width
+        text["text"] = jax.random.normal(jax.random.key(1), shape)
         text["text_lengths"] = jnp.full(branches, DataConfig.text_tokens)
 
     @jax.jit
@@ -146,7 +155,7 @@ def step_seconds(config: ModelConfig, weights: dict, side: int, guided: bool, re
 def matmul_rate(dtype: str, repeats: int) -> float:
     """FLOP/s of the product of two square matrices of MATMUL rows, as large as a network's: what can be reached."""
     size = MATMUL if jax.default_backend() != "cpu" else MATMUL // 4
-    matrix = jnp.ones((size, size), dtype)
+    matrix = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
     product = jax.jit(jnp.matmul)
     return 2 * size**3 / median_seconds(lambda: jax.block_until_ready(product(matrix, matrix)), repeats)
 
@@ -159,7 +168,7 @@ def latency(
     The weights are random: time does not depend on them.
     """
     rate = matmul_rate(config.dit.compute_dtype, repeats)
-    weights = random_weights(config, NEEDED)
+    weights = cheap_weights(config)
     rows = []
     for setting in settings:
         variant, guided = with_setting(config, setting), SETTINGS[setting]["guided"]
@@ -180,13 +189,18 @@ def phases_table(rows: list[dict]) -> str:
     return table([row | {"step_ms": 1e3 * row["step"]} for row in rows], columns)
 
 
-def papers_table(rows: list[dict], hardware: str) -> str:
-    """Markdown: Table 3 of the paper, with the rows of its size below the paper's."""
+def papers_table(rows: list[dict], model: str) -> str:
+    """Markdown: Table 3 of the paper, with our rows of its size below the paper's."""
     ours = [
-        row | {"system": f"zipir_jax, {row['setting']} ({hardware})"}
-        for row in rows
-        if row["side"] == PAPERS_SIDE
+        row | {"system": f"zipir_jax {model}, {row['setting']}"} for row in rows if row["side"] == PAPERS_SIDE
     ]
-    shown = [row | {"ms": 1e3 * row["step"], "billions": row["parameters"] / 1e9} for row in (*PAPERS, *ours)]
-    columns = {"system": "{system}", "NFEs": "{evaluations}", "latency of a step, ms": "{ms:.0f}"}
-    return table(shown, columns | {"image, s": "{image:.2f}", "parameters, 10^9": "{billions:.2f}"})
+    shown = [
+        row | {"milliseconds": 1e3 * row["step"], "billions": row["parameters"] / 1e9}
+        for row in (*PAPERS, *ours)
+    ]
+    columns = {
+        "system, 2048 x 2048 pixels": "{system}",
+        "NFEs": "{evaluations}",
+        "step, ms": "{milliseconds:.0f}",
+    }
+    return table(shown, columns | {"image, s": "{image:.2f}", "parameters, 10^9": "{billions:.3g}"})

@@ -8,11 +8,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from zipir_jax.config import ModelConfig
+from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import abstract_params
+from zipir_jax.models.lp_vae import Encoder
+from zipir_jax.models.pixel_decoder import PixelDecoder
+from zipir_jax.weights import abstract_weights
+
+ATTENTION = {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}  # the fastest implementation on each platform
 
 
 def cheap_params(module_class, config, dtype: str) -> dict:
-    """Parameters of `module_class(config)` in `dtype`: random kernels, scales of 1 and biases of 0.
+    """Parameters of `module_class(config)`: random kernels and biases of 0 in `dtype`, scales of 1 in float32.
 
     Stacked layers share one kernel, and so do the pixels of a convolution's window: to draw the 3.12 billion numbers of
     the paper's DiT would take minutes on a CPU, and memory for each in float32.
@@ -23,13 +30,27 @@ def cheap_params(module_class, config, dtype: str) -> dict:
             inputs = (
                 math.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[-2]
             )  # of a convolution, else linear
-            values = jax.random.normal(jax.random.key(0), leaf.shape[-2:]) / inputs**0.5
+            values = (jax.random.normal(jax.random.key(0), leaf.shape[-2:]) / inputs**0.5).astype(dtype)
         else:
-            values = jnp.float32(path[-1].key == "scale")
-        return jnp.broadcast_to(values.astype(dtype), leaf.shape)
+            values = jnp.float32(1) if path[-1].key == "scale" else jnp.zeros((), dtype)
+        return jnp.broadcast_to(values, leaf.shape)
 
     abstract = abstract_params(module_class, config)
     return jax.jit(lambda: jax.tree_util.tree_map_with_path(draw, abstract))()
+
+
+def cheap_weights(config: ModelConfig) -> dict:
+    """The groups that restoring needs, in the dtypes of `restorer.in_compute_dtype`."""
+    vae, statistics = config.lp_vae, abstract_weights(config)["statistics"]
+    return {
+        "statistics": {
+            name: jnp.full(x.shape, float(name.endswith("std"))) for name, x in statistics.items()
+        },
+        "coarse_encoder": cheap_params(Encoder, vae.coarse, vae.coarse.compute_dtype),
+        "fine_encoder": cheap_params(Encoder, vae.fine, vae.fine.compute_dtype),
+        "dit": cheap_params(DiT, config.dit, config.dit.compute_dtype),
+        "pixel_decoder": cheap_params(PixelDecoder, vae, vae.fine.compute_dtype),
+    }
 
 
 def median_seconds(step: Callable[[], object], repeats: int) -> float:
