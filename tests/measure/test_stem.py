@@ -33,7 +33,9 @@ def test_the_papers_config_is_the_one_without_patches():
     assert stem.with_patch(PAPER, 1) == PAPER
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_the_command_times_every_network_and_counts_at_2048_pixels(monkeypatch, call, tmp_path):
+    monkeypatch.setattr(stem, "PATCHES", (1, 4))
     narrow = dataclasses.replace(
         PAPER, fine=dataclasses.replace(PAPER.fine, base_channels=4, blocks_per_scale=1)
     )
@@ -43,7 +45,7 @@ def test_the_command_times_every_network_and_counts_at_2048_pixels(monkeypatch, 
     assert (status, err) == (0, "")
     rows = json.loads(output.read_text())["rows"]
     assert [(row["patch"], row["network"]) for row in rows] == [
-        (patch, network) for patch in (1, 2, 4) for network in ("E_f", "D_f", "D_f*")
+        (patch, network) for patch in (1, 4) for network in ("E_f", "D_f", "D_f*")
     ]
     assert all(row["seconds"] > 0 for row in rows)
     assert rows[0]["flops"] == encoder_flops(narrow.fine, 2048, 2048)
@@ -52,7 +54,7 @@ def test_the_command_times_every_network_and_counts_at_2048_pixels(monkeypatch, 
         assert row["flops_ratio"] == row["flops"] / reference["flops"]
         assert row["seconds_ratio"] == row["seconds"] / reference["seconds"]
     assert rows[-1]["flops"] == pixel_decoder_flops(stem.with_patch(narrow, 4), 2048, 2048)
-    assert out.count("| E_f | ") == 3
+    assert out.count("| E_f | ") == 2
 
 
 def test_a_size_that_the_latent_does_not_divide_is_refused(call):
