@@ -44,7 +44,7 @@ def cheap_weights(config: ModelConfig) -> dict:
     vae, statistics = config.lp_vae, abstract_weights(config)["statistics"]
     return {
         "statistics": {
-            name: jnp.full(x.shape, float(name.endswith("std"))) for name, x in statistics.items()
+            name: jnp.full(x.shape, name.endswith("std"), x.dtype) for name, x in statistics.items()
         },
         "coarse_encoder": cheap_params(Encoder, vae.coarse, vae.coarse.compute_dtype),
         "fine_encoder": cheap_params(Encoder, vae.fine, vae.fine.compute_dtype),
