@@ -10,17 +10,14 @@ import dataclasses
 import importlib.util
 import os
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
-from multiprocessing import get_context
 
 import jax
 import jax.numpy as jnp
 
 from zipir_jax.config import MODELS, DataConfig, DiTConfig, SamplingConfig
 from zipir_jax.measure.report import table
-from zipir_jax.measure.timing import cheap_params, check_repeats, median_seconds
+from zipir_jax.measure.timing import cheap_params, check_repeats, in_own_process, median_seconds
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.flops import dit_flops
 from zipir_jax.models.layers import bind, count_params
@@ -159,7 +156,8 @@ def compare(side: int, repeats: int, device: str) -> list[dict]:
         network, batch = system["network"], system["calls"]
         if (network, batch) not in measured:
             time_step = time_unet if network in UNETS else time_dit
-            measured[network, batch] = in_own_process(time_step, network, side, batch, repeats, device)
+            found = in_own_process(time_step, network, side, batch, repeats, device)
+            measured[network, batch] = {"seconds": None} | found
         row = {"system": name, "size": side} | system | measured[network, batch]
         row["image_seconds"] = row["seconds"] and row["steps"] * row["seconds"]
         ours = rows[0] if rows else row
@@ -218,18 +216,6 @@ def check_size(side: int) -> None:
     """Raises ValueError for a side of the image that is not a multiple of 64 pixels."""
     if side < UNET_SIDES or side % UNET_SIDES:
         raise ValueError(f"size {side} is not a multiple of {UNET_SIDES}")
-
-
-def in_own_process(function: Callable[..., dict], *arguments) -> dict:
-    """What the function returns, called in a process of its own: its memory is free again afterwards.
-
-    Where it fails or is killed, as for want of memory, {"seconds": None, "error": one line}.
-    """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except (RuntimeError, MemoryError) as error:  # torch's, jax's and the pool's errors are RuntimeErrors
-            return {"seconds": None, "error": str(error).partition("\n")[0] or type(error).__name__}
 
 
 # --------------------------------------------------------------------------------------------------
