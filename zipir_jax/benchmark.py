@@ -4,7 +4,7 @@ import itertools
 import os
 from pathlib import Path
 
-from zipir_jax.command_line import parse, run
+from zipir_jax.command_line import load_config, parse, run
 from zipir_jax.config import MODELS, DegradationConfig, LossConfig, TrainConfig
 from zipir_jax.files import check_writable
 
@@ -212,7 +212,50 @@ def stem(size: int = 512, repeats: int = 3, output: Path | None = None) -> None:
     finish(output, {"size": size, "flops_size": FLOPS_SIZE, "rows": rows})
 
 
-COMMANDS = {"pipeline": pipeline, "latency": latency, "memory": memory, "peers": peers, "stem": stem}
+def compile_programs(
+    hardware: tuple[str, ...] = (),
+    training_sides: tuple[int, ...] = (1024, 2048),
+    sides: tuple[int, ...] = (2048, 4096, 8192),
+    config: Path = Path("configs/dit_3b.py"),
+    output: Path | None = None,
+) -> None:
+    """Compile the training step and the programs of restoring for absent devices: bytes a device needs and has.
+
+    Args:
+        hardware: names of measure/topologies.py; () = all. What has several devices trains, what has one restores
+        training_sides: pixels, sides of the crops
+        sides: pixels, sides of the restored image
+        config: Python file of the training, whose model restores too
+        output: JSON file to write
+    """
+    from zipir_jax.measure import topologies
+
+    topologies.check_hardware(hardware)
+    os.environ |= topologies.ENVIRONMENT  # before jax is imported
+    from zipir_jax.measure import compile as measure
+    from zipir_jax.measure.report import finish, table
+
+    if output is not None:
+        check_writable(output.parent)
+    loaded, rows = load_config(config), []
+    print(f"{measure.NOTE}\n\n{table([], measure.COLUMNS)}")
+    for name in hardware or topologies.HARDWARE:
+        several = topologies.device_count(name) > 1
+        for program in ("train",) if several else ("encode", "denoise", "decode"):
+            for side in training_sides if several else sides:
+                rows.append(measure.measure(program, loaded, name, side))
+                print(table([measure.cells(rows[-1])], measure.COLUMNS).splitlines()[-1], flush=True)
+    finish(output, {"note": measure.NOTE, "versions": topologies.versions(), "programs": rows})
+
+
+COMMANDS = {
+    "pipeline": pipeline,
+    "latency": latency,
+    "memory": memory,
+    "peers": peers,
+    "compile": compile_programs,
+    "stem": stem,
+}
 
 
 def main(arguments: list[str]) -> None:

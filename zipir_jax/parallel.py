@@ -6,6 +6,7 @@ The batch is divided over `data` and `fsdp`. Everything else follows by XLA's pr
 """
 
 import importlib.util
+import math
 import os
 import re
 from pathlib import Path
@@ -76,15 +77,16 @@ def start() -> None:
         jax.distributed.initialize()
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of all devices. Raises ValueError, with the numbers, if they do not make one."""
-    devices, local = jax.device_count(), jax.local_device_count()
-    left = devices // (max(config.data, 1) * max(config.fsdp, 1) * config.tensor)
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of `devices`, by default of all. Raises ValueError, with the numbers, if they do not make one."""
+    devices = devices or jax.devices()
+    count, local = len(devices), sum(d.process_index == devices[0].process_index for d in devices)
+    left = count // (max(config.data, 1) * max(config.fsdp, 1) * config.tensor)
     data, fsdp = config.data or left, config.fsdp or left
-    if data * fsdp * config.tensor != devices:
+    if data * fsdp * config.tensor != count:
         raise ValueError(
             f"a mesh of data {config.data or 'any'} x fsdp {config.fsdp or 'any'} x tensor {config.tensor} does not "
-            f"make up {devices} devices"
+            f"make up {count} devices"
         )
     if local % config.tensor:
         raise ValueError(
@@ -92,7 +94,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
         )
     shape = (data, fsdp, config.tensor)
     try:
-        mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+        mesh = jax.make_mesh(
+            shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
+        )
     except NotImplementedError:  # of a TPU slice whose wiring has no such axis
         raise ValueError(
             f"a mesh of {data} x {fsdp} x {config.tensor} does not fit how the devices are wired"
@@ -108,6 +112,13 @@ def make_mesh(config: MeshConfig) -> Mesh:
 def batch_parts(mesh: Mesh) -> int:
     """The number of parts that a batch is divided into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def mesh_parts(axis: str) -> int:
+    """The parts that the mesh in effect divides a logical axis into; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = (MESH_AXES[axis],) if isinstance(MESH_AXES[axis], str) else MESH_AXES[axis]
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
 
 
 def _spec(axes):

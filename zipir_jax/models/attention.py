@@ -5,7 +5,6 @@ few queries at a time take their place (Rabe & Staats 2021).
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jaxtyping import Array, Float, Int
 
-from zipir_jax.parallel import MESH_AXES
+from zipir_jax.parallel import MESH_AXES, mesh_parts
 
 LARGEST_LOGITS = (
     64 * 2**20
@@ -74,7 +73,7 @@ def xla_attention(
     )
     batch, queries, heads, _ = query.shape
     row = (
-        -(-batch // _parts("batch")) * -(-heads // _parts("heads")) * key.shape[1] * 4
+        -(-batch // mesh_parts("batch")) * -(-heads // mesh_parts("heads")) * key.shape[1] * 4
     )  # bytes of a query's logits
     blocks = -(-queries // max(1, LARGEST_LOGITS // row))
     if blocks == 1:
@@ -152,13 +151,6 @@ def _padding(length):
     return blocks * block - length, block
 
 
-def _parts(axis):
-    """The parts that the mesh in effect divides a logical axis into; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    names = (MESH_AXES[axis],) if isinstance(MESH_AXES[axis], str) else MESH_AXES[axis]
-    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
-
-
 def _axes(axis, size):
     """The mesh axes that a dimension is divided over; None, whole on every device, if they do not divide it."""
-    return MESH_AXES[axis] if size % _parts(axis) == 0 else None
+    return MESH_AXES[axis] if size % mesh_parts(axis) == 0 else None

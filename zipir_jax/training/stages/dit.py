@@ -1,5 +1,6 @@
 """DiT stage: predict the noise, or v, of the clean image's latent, given the degraded image's (paper section 3.2)."""
 
+import math
 from collections.abc import Iterable
 
 import jax
@@ -12,9 +13,10 @@ from zipir_jax.diffusion.schedule import linear_schedule, logit_normal_timesteps
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind, init_params
 from zipir_jax.models.lp_vae import decode, encode, whiten
-from zipir_jax.parallel import constrain
+from zipir_jax.parallel import constrain, mesh_parts
 from zipir_jax.restorer import denoise_latent
 
+ENCODED_PIXELS = 2**22  # of the images that a device encodes at a time
 DEGRADED = True
 MAKES = ("dit",)
 
@@ -33,10 +35,24 @@ def text_of(batch: dict) -> dict:
 
 
 def _latents(config, frozen, batch):
-    """The latents of the clean and of the degraded images, encoded here or beforehand."""
+    """The latents of the clean and of the degraded images, encoded here or beforehand.
+
+    Each device encodes one image after another, or as many at a time as have ENCODED_PIXELS: what the encoders hold of
+    an image of 2048 pixels, 1 GiB and more, would else be the largest of all that a step needs.
+    """
     if "latent" in batch:
         return batch["latent"], batch["lq_latent"]
-    return tuple(encode(frozen, config.model.lp_vae, batch[name]) for name in ("image", "lq"))
+    images = jnp.stack([batch["image"], batch["lq"]])
+    _, count, height, width, channels = images.shape
+    parts = math.gcd(count, mesh_parts("batch"))
+    images_of_part = count // parts
+    together = math.gcd(images_of_part, max(1, ENCODED_PIXELS // (height * width)))
+    # [2, part, turn, images at a time, ...], so that a device keeps the images that it has.
+    turns = images.reshape(2, parts, images_of_part // together, together, height, width, channels)
+    turns = turns.swapaxes(1, 2).reshape(-1, parts * together, height, width, channels)
+    latents = jax.lax.map(lambda x: encode(frozen, config.model.lp_vae, x), constrain(turns, None, "batch"))
+    latents = latents.reshape(2, -1, parts, together, *latents.shape[2:]).swapaxes(1, 2)
+    return tuple(latents.reshape(2, count, *latents.shape[4:]))
 
 
 def gradients(
