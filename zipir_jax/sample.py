@@ -68,7 +68,7 @@ def restore_files(
     restorer = Restorer.load(weights)
     check_sampling(restorer.config, sampling)
     failures = 0
-    with tqdm(total=len(PHASES) * len(jobs), unit="phase", dynamic_ncols=True) as bar:
+    with tqdm(total=len(PHASES) * len(jobs), unit="phase", dynamic_ncols=True, disable=dry_run) as bar:
 
         def progress(phase):
             """The phases before this one are done."""
@@ -84,7 +84,7 @@ def restore_files(
                 options = {"scale": scale, "size": target, "memory": memory}
                 try:
                     if dry_run:
-                        bar.write("\n".join([f"{source}:", *restorer.plan(image.shape, **options).lines()]))
+                        print(f"{source}:", *restorer.plan(image.shape, **options).lines(), sep="\n")
                         continue
                     restored = restorer.restore(
                         image, **options, sampling=sampling, seed=seed, progress=progress
