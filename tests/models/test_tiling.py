@@ -1,6 +1,5 @@
 """Tiles against the whole image, and counted halos against what layers really reach."""
 
-import dataclasses
 import functools
 
 import jax
@@ -105,8 +104,7 @@ def test_a_halo_one_cell_short_shows():
 def spoilt(run, axis, last, window, *sides):
     """Rows at the first or last edge of a window that are NaN in `run(*arrays)` once all beyond it is.
 
-    sides: of each array, (pixels a cell, channels). The arrays have `window` cells beside the edge and as many
-    beyond, and few on the other side.
+    sides: of each array, (pixels a cell, channels). Half of their cells along `axis` are the window.
     """
 
     def array(pixels, channels):
@@ -114,10 +112,7 @@ def spoilt(run, axis, last, window, *sides):
         shape[axis] = 2 * window * pixels
         values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
         beyond = np.arange(2 * window * pixels) // pixels
-        beyond = beyond >= window if last else beyond < window
-        values[:, beyond] = np.nan if axis == 1 else values[:, beyond]
-        if axis == 2:
-            values[:, :, beyond] = np.nan
+        np.moveaxis(values, axis, 0)[beyond >= window if last else beyond < window] = np.nan
         return values
 
     results = jax.tree.leaves(jax.jit(run)(*(array(*side) for side in sides)))
@@ -224,14 +219,14 @@ def run_all(config, params, image, latent, tiling):
     [
         ("tiny", 5, 7, [(8, 64, 96), (16, 32, 1024)]),
         ("small", 1, 17, [(32, 32, 32)]),
-        ("paper", 3, 5, [(2, 50, 94), (4, 36, 44), (8, 96, 40)]),
-        ("paper", 17, 1, [(16, 64, 32), (32, 192, 32)]),
-        ("enlarging", 3, 5, [(4, 36, 60), (8, 8, 104), (16, 1024, 48)]),
+        ("paper", 3, 5, [(2, 50, 94), (4, 36, 44)]),
+        ("paper", 11, 1, [(8, 96, 16), (16, 64, 32)]),
+        ("enlarging", 3, 5, [(4, 36, 60), (8, 8, 104)]),
     ],
 )
 def test_tiles_equal_the_whole(whole, name, rows, columns, tiles):
     params, image, latent, expected = whole(CONFIGS[name], rows, columns)
-    assert all(np.abs(array).std() > 0.1 for array in expected)
+    assert all(np.abs(array).std() > 0.03 for array in expected)
     for cell, height, width in tiles:
         found = run_all(CONFIGS[name], params, image, latent, Tiling(cell, height, width))
         for result, whole_result in zip(found, expected, strict=True):
@@ -239,7 +234,7 @@ def test_tiles_equal_the_whole(whole, name, rows, columns, tiles):
 
 
 def loops(function, *arguments):
-    return str(jax.make_jaxpr(function)(*arguments)).count("while[")
+    return str(jax.make_jaxpr(function)(*arguments)).count("scan[")
 
 
 def test_both_encoders_run_in_tiles_where_their_pixels_are_smaller_than_a_cell(whole):
