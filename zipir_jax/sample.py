@@ -97,10 +97,8 @@ def restore_files(
                     raise
                 failures += 1
                 bar.write(f"skipped: {error}", file=sys.stderr)
-            finally:
-                bar.update(
-                    len(PHASES) * (index + 1) - bar.n
-                )  # a skipped file fills its share of the bar as well
+            finally:  # a skipped file fills its share of the bar as well
+                bar.update(len(PHASES) * (index + 1) - bar.n)
     if not dry_run:
         print(f"restored {len(jobs) - failures}, skipped {failures}" if input.is_dir() else jobs[0][1])
     return 1 if failures else 0
