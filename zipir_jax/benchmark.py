@@ -1,5 +1,6 @@
 """Measure what training and restoring cost: `python -m zipir_jax.benchmark COMMAND --help`."""
 
+import dataclasses
 import itertools
 import os
 from pathlib import Path
@@ -110,6 +111,47 @@ def latency(
     print(measure.phases_table(rows))
     print(f"\nTable 3 of the paper:\n\n{measure.papers_table(rows, model)}")
     finish(output, {"model": model, "matmul_flops_per_second": rate, "rows": rows})
+
+
+def train(
+    config: Path = Path("configs/dit_3b.py"),
+    sides: tuple[int, ...] = (1024,),
+    batch_size: int | None = None,
+    accumulate: int | None = None,
+    attention: str = "",
+    repeats: int = 3,
+    output: Path | None = None,
+) -> None:
+    """Seconds of a training step on this machine's devices, images a second and MFU; random weights, no data.
+
+    Args:
+        config: Python file of the training
+        sides: pixels, sides of the crops
+        batch_size: images, over all devices; not given: the config's
+        accumulate: micro-batches; not given: the config's
+        attention: xla, cudnn or splash; not given: the config's on a GPU or TPU, on a CPU xla
+        repeats: steps after the first, of which the median counts
+        output: JSON file to write
+    """
+    import jax
+
+    from zipir_jax.measure import training as measure
+    from zipir_jax.measure.report import finish
+
+    if output is not None:
+        check_writable(output.parent)
+    asked = load_config(config)
+    dit = asked.model.dit
+    attention = attention or ("xla" if jax.default_backend() == "cpu" else dit.attention)
+    asked = dataclasses.replace(
+        asked,
+        model=dataclasses.replace(asked.model, dit=dataclasses.replace(dit, attention=attention)),
+        data=dataclasses.replace(asked.data, batch_size=batch_size or asked.data.batch_size),
+        accumulate=accumulate or asked.accumulate,
+    )
+    rows = [measure.training_seconds(asked, side, repeats) for side in sides]
+    print(measure.training_table(rows))
+    finish(output, {"config": str(config), "attention": attention, "rows": rows})
 
 
 def memory(
@@ -251,6 +293,7 @@ def compile_programs(
 COMMANDS = {
     "pipeline": pipeline,
     "latency": latency,
+    "train": train,
     "memory": memory,
     "peers": peers,
     "compile": compile_programs,

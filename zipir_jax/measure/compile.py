@@ -1,26 +1,23 @@
 """The programs of training and of restoring, compiled for hardware that is not there: what each device would hold."""
 
 import dataclasses
-import functools
 import math
 import re
 import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from zipir_jax import parallel, restorer
+from zipir_jax import parallel
 from zipir_jax.config import MeshConfig, ModelConfig, SamplingConfig, TrainConfig
-from zipir_jax.data.buckets import Bucket
+from zipir_jax.measure.programs import (
+    sampling_programs,
+    sampling_weights,
+    training_arguments,
+    training_program,
+)
 from zipir_jax.measure.topologies import GIB, GPU_SHARE, HARDWARE, devices, usable_memory
-from zipir_jax.models.lp_vae import FACTOR
-from zipir_jax.planner import TEXT_BLOCK, make_plan
-from zipir_jax.training.loop import compile_step
-from zipir_jax.training.stages import STAGES
-from zipir_jax.training.state import create_state
-from zipir_jax.weights import abstract_weights
+from zipir_jax.planner import make_plan
 
 ATTENTION = {"tpu": "splash", "cuda": "cudnn"}  # the kernel of each platform
 IMAGES = 2  # of a micro-batch that a device computes at a time, at most; `accumulate` follows
@@ -50,14 +47,7 @@ def training_step(config: TrainConfig, mesh: Mesh, side: int) -> tuple[jax.stage
 
     And the bytes that each of them has of state and frozen networks: of what they all hold, its part.
     """
-    data = dataclasses.replace(config.data, text="embeddings" if config.model.dit.text_width else "")
-    config = dataclasses.replace(config, data=data)
-    groups = abstract_weights(config.model)
-    groups = {name: groups[name] for name in ("statistics", *STAGES[config.stage].needs(config))}
-    state = jax.eval_shape(functools.partial(create_state, config), jax.random.key(0), groups)
-    state, frozen = (_sharded(mesh, tree) for tree in (state, groups))
-    bucket = Bucket(side, side, data.batch_size, np.zeros(0, np.int64), 1.0)
-    return compile_step(config, mesh, bucket, False, state, frozen), _bytes((state, frozen))
+    return training_program(config, mesh, side), _bytes(training_arguments(config, mesh))
 
 
 def sampling_program(
@@ -70,24 +60,16 @@ def sampling_program(
     program: "encode", "denoise" (all steps, with a negative text) or "decode"; memory: bytes of the device, for which
     `planner.make_plan` plans it. Raises ValueError where that says that it does not fit.
     """
-    groups = {name: group for name, group in abstract_weights(config).items() if name in restorer.NEEDED}
-    weights = jax.eval_shape(functools.partial(restorer.in_compute_dtype, config), groups)
-    weights = jax.tree.map(lambda x: _placed(x, parallel.replicated(mesh)), weights)
-    plan = make_plan(config, side, side, available=memory - _bytes(weights), branches=2, platform="gpu")
-    image = jax.ShapeDtypeStruct((1, plan.height, plan.width, 3), jnp.float32)
-    latent = (1, plan.height // FACTOR, plan.width // FACTOR, config.dit.latent_channels)
-    latent = jax.ShapeDtypeStruct(latent, jnp.float32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-    text = {
-        "text": jax.ShapeDtypeStruct((1, TEXT_BLOCK, config.dit.text_width), jnp.float32),
-        "text_lengths": jax.ShapeDtypeStruct((1,), jnp.int32),
-    }
-    function, static, arrays = {
-        "encode": (restorer._encode, (config, plan.encode), (image,)),
-        "denoise": (restorer._denoise, (config, SamplingConfig()), (latent, keys, text, text)),
-        "decode": (restorer._decode, (config, plan.decode), (latent, image)),
-    }[program]
-    arrays = jax.tree.map(lambda x: _placed(x, parallel.replicated(mesh)), arrays)
+
+    def placed(tree):
+        whole = parallel.replicated(mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
+
+    weights = placed(sampling_weights(config))
+    available = memory - _bytes(weights)
+    plan = make_plan(config, side, side, available=available, branches=2, platform="gpu")
+    function, static, arrays = sampling_programs(config, SamplingConfig(), plan, branches=2)[program]
+    arrays = placed(arrays)
     with jax.set_mesh(mesh):  # it says for which devices
         return function.lower(*static, weights, *arrays).compile(), _bytes((weights, arrays))
 
@@ -153,14 +135,6 @@ def refusal(message: str) -> str:
     """The line of a compiler's message that has the numbers."""
     found = re.search(r"[^\n]*\b[Uu]sed [^\n]* of [^\n]*|RESOURCE_EXHAUSTED[^\n]*", message)
     return found.group().strip() if found else message.splitlines()[0]
-
-
-def _sharded(mesh, tree):
-    return jax.tree.map(_placed, tree, parallel.parameter_shardings(mesh, tree))
-
-
-def _placed(abstract, sharding: NamedSharding):
-    return jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=sharding)
 
 
 def _bytes(tree):

@@ -1,13 +1,62 @@
-"""The programs that `Restorer.restore` runs, with abstract arguments: to compile without weights or pictures."""
+"""The programs of training and restoring with abstract arguments: to compile without weights, pictures or devices."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
-from zipir_jax import restorer
-from zipir_jax.config import ModelConfig, SamplingConfig
+from zipir_jax import parallel, restorer
+from zipir_jax.config import ModelConfig, SamplingConfig, TrainConfig
+from zipir_jax.data.buckets import Bucket
+from zipir_jax.metrics.fidelity import load_lpips
 from zipir_jax.models.lp_vae import FACTOR
 from zipir_jax.planner import TEXT_BLOCK, Plan
+from zipir_jax.training.loop import check, compile_step
+from zipir_jax.training.losses import lpips_net
+from zipir_jax.training.stages import STAGES
+from zipir_jax.training.state import create_state
 from zipir_jax.weights import abstract_weights
+
+
+def square_crops(config: TrainConfig, side: int) -> tuple[TrainConfig, Bucket]:
+    """The config with crops of side x side pixels alone, and their bucket. Raises ValueError as `training.loop.check`.
+
+    The folders that a training needs are named, and need not be there.
+    """
+    text = "text" if config.model.dit.text_width and config.stage == "dit" else ""
+    folders = {"sources": ("images",), "text": text}
+    data = dataclasses.replace(
+        config.data, resolutions=(side,), resolution_weights=(), aspect_ratios=(1.0,), **folders
+    )
+    config = dataclasses.replace(config, data=data, output="output", init_from="weights")
+    check(config)
+    return config, Bucket(side, side, config.data.batch_size, np.zeros(0, np.int64), 1.0)
+
+
+def training_arguments(config: TrainConfig, mesh: Mesh) -> tuple[dict, dict]:
+    """The state of a training and what it reads only, as `jax.ShapeDtypeStruct` divided over the devices of a mesh."""
+    groups = abstract_weights(config.model)
+    groups = {name: groups[name] for name in ("statistics", *STAGES[config.stage].needs(config))}
+    state = jax.eval_shape(functools.partial(create_state, config), jax.random.key(0), groups)
+    if config.stage != "dit":
+        lpips, _ = load_lpips(lpips_net(config.loss.lpips_net))
+        groups["lpips"] = jax.eval_shape(lambda: lpips)
+
+    def divided(tree):
+        shardings = parallel.parameter_shardings(mesh, tree)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    return divided(state), divided(groups)
+
+
+def training_program(config: TrainConfig, mesh: Mesh, side: int) -> jax.stages.Compiled:
+    """The step of `training.loop` on crops of side x side pixels, for the arguments of `training_arguments`."""
+    config, bucket = square_crops(config, side)
+    adversarial = config.stage != "dit" and config.loss.adversarial > 0
+    return compile_step(config, mesh, bucket, adversarial, *training_arguments(config, mesh))
 
 
 def sampling_weights(config: ModelConfig) -> dict:

@@ -1,0 +1,109 @@
+"""Seconds of a training step, with random weights and noise for images: the devices alone, without the data."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+
+from zipir_jax import parallel
+from zipir_jax.config import TrainConfig
+from zipir_jax.data.pipeline import batch_shapes
+from zipir_jax.measure.programs import square_crops, training_arguments, training_program
+from zipir_jax.measure.report import table
+from zipir_jax.measure.timing import check_repeats, median_seconds
+from zipir_jax.models.flops import peak_flops
+from zipir_jax.training.flops import training_flops
+from zipir_jax.training.stages import STAGES
+from zipir_jax.training.state import create_state
+
+
+def training_seconds(config: TrainConfig, side: int, repeats: int) -> dict:
+    """A row: the median of `repeats` steps on a batch of crops of side x side pixels, on all devices.
+
+    {"stage", "side", "batch", "accumulate", "compile": seconds, "seconds": of a step, "images_per_second",
+    "flops_per_second", "mfu": of the devices' peak, None where that is not known, "memory": bytes that the device
+    held at most, None on a CPU}. Raises ValueError for a batch that does not divide over the devices.
+    """
+    check_repeats(repeats)
+    config, bucket = square_crops(config, side)
+    mesh, batch_size = parallel.make_mesh(config.mesh), config.data.batch_size
+    parts = parallel.batch_parts(mesh) * config.accumulate
+    if batch_size % parts:
+        raise ValueError(
+            f"data.batch_size {batch_size} is not a multiple of {parts}: devices x micro-batches"
+        )
+    began = time.perf_counter()
+    step = training_program(config, mesh, side)
+    compile_seconds = time.perf_counter() - began
+
+    state, read_only = training_arguments(config, mesh)
+    read_only = _random(read_only)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    create = jax.jit(functools.partial(create_state, config), out_shardings=shardings)
+    state = create(jax.random.key(0), {name: read_only[name] for name in read_only if name != "lpips"})
+    shapes = batch_shapes(config.data, bucket, STAGES[config.stage].DEGRADED, config.model.dit)
+    shapes["wishes"] = (parallel.batch_parts(mesh),), jnp.int32
+    placed = parallel.batch_shardings(mesh, {name: shape for name, (shape, _) in shapes.items()})
+    batch = {name: jax.device_put(_noise(*shapes[name]), placed[name]) for name in shapes}
+    wishes = batch.pop("wishes")
+
+    def train():
+        nonlocal state  # donated to the step
+        state, metrics = step(state, read_only, batch, wishes)
+        jax.block_until_ready(metrics)
+
+    seconds = median_seconds(train, repeats)
+    adversarial = config.stage != "dit" and config.loss.adversarial > 0
+    flops = batch_size * training_flops(config, side, side, adversarial=adversarial)
+    device = jax.local_devices()[0]
+    peak = peak_flops(device.device_kind)
+    stats = device.memory_stats()
+    return {
+        "stage": config.stage,
+        "side": side,
+        "batch": batch_size,
+        "accumulate": config.accumulate,
+        "compile": compile_seconds,
+        "seconds": seconds,
+        "images_per_second": batch_size / seconds,
+        "flops_per_second": flops / seconds,
+        "mfu": peak and flops / seconds / (peak * jax.device_count()),
+        "memory": stats and stats["peak_bytes_in_use"],
+    }
+
+
+def _random(tree):
+    """Arrays for abstract ones, as they are divided: kernels of small noise, all else ones."""
+
+    def draw(path, leaf):
+        if path[-1].key != "kernel":
+            return jnp.ones(leaf.shape, leaf.dtype)
+        return 0.02 * jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)
+
+    create = jax.jit(
+        lambda: jax.tree.map_with_path(draw, tree), out_shardings=jax.tree.map(lambda x: x.sharding, tree)
+    )
+    return create()
+
+
+def _noise(shape, dtype):
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.zeros(shape, dtype)
+    return jax.random.uniform(jax.random.key(0), shape, dtype, -1, 1)
+
+
+def training_table(rows: list[dict]) -> str:
+    """Markdown of rows of `training_seconds`."""
+    shown = [
+        row
+        | {
+            "tflops": row["flops_per_second"] / 1e12,
+            "mfu": "-" if row["mfu"] is None else f"{row['mfu']:.0%}",
+        }
+        | {"gib": "-" if row["memory"] is None else f"{row['memory'] / 2**30:.1f}"}
+        for row in rows
+    ]
+    columns = {"stage": "{stage}", "crop, px": "{side}", "batch": "{batch}", "micro-batches": "{accumulate}"}
+    columns |= {"step, s": "{seconds:.3f}", "images/s": "{images_per_second:.2f}", "TFLOP/s": "{tflops:.3g}"}
+    return table(shown, columns | {"MFU": "{mfu}", "memory, GiB": "{gib}", "compile, s": "{compile:.0f}"})
