@@ -14,7 +14,7 @@ def config() -> TrainConfig:
         init_from="runs/tiny/lpvae_fine_1k/weights",
         data=DataConfig(
             resolutions=(128, 256),
-            aspect_ratios=(1 / 2, 1, 2),
+            aspect_ratios=(1 / 2, 1.0, 2.0),
             batch_tokens=8 * 64,
             zoom=(0.4, 1.0),
             threads=2,

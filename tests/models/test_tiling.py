@@ -1,6 +1,9 @@
 """Tiles against the whole image, and counted halos against what layers really reach."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -259,3 +262,14 @@ def test_tilings_that_do_not_suit_are_refused(whole):
         decode(params, config, latent, Tiling(64, 64, 64))
     with pytest.raises(ValueError, match="cell 64 is larger"):
         pixel_decode(params["pixel_decoder"], config, latent, image, Tiling(64, 64, 64))
+
+
+def test_decoding_divided_by_height_equals_one_device():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    program = subprocess.run(
+        [sys.executable, "-m", "tests.models.sharded_decode"], env=environment, capture_output=True, text=True
+    )
+    assert program.returncode == 0, program.stderr
+    differences = [float(line) for line in program.stdout.split()]
+    assert len(differences) == 8
+    assert max(differences) < 1e-4

@@ -45,7 +45,8 @@ def encode_cost(
     sides = height // COARSE_FACTOR, width // COARSE_FACTOR
     coarse = _encoder_cost(config.coarse, *sides, tiling, COARSE_FACTOR, platform)
     small_image = 4 * 3 * sides[0] * sides[1]
-    return max(fine[0], coarse[0]) + small_image, fine[1] + coarse[1]
+    # XLA interleaves the two encoders, which do not depend on each other.
+    return fine[0] + coarse[0] + small_image, fine[1] + coarse[1]
 
 
 def decode_cost(
