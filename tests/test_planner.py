@@ -35,7 +35,7 @@ def make_photograph():
 
 def needs(config, height, width, encode=None, decode=None, pictures=1, branches=1):
     size = planner.padded_size(config, height, width)
-    return needed_bytes(config, *size, encode, decode, pictures, branches)
+    return needed_bytes(config, *size, encode, decode, pictures, branches, "cpu")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_denoising_needs_what_is_estimated(model, height, width, branches, lq_at
     used = (
         jax.jit(program).lower(weights, latent, text, negative).compile().memory_analysis().temp_size_in_bytes
     )
-    assert 0.95 < denoise_bytes(dit, height, width, branches) / used < 1.6
+    assert 0.95 < denoise_bytes(dit, height, width, branches, "cpu") / used < 1.6
 
 
 # --------------------------------------------------------------------------------------------------

@@ -495,7 +495,10 @@ def test_a_dry_run_says_how_and_writes_nothing(photo, restore, tmp_path):
 def test_what_the_memory_does_not_hold_is_refused_before_it_starts(photo, restore, tmp_path):
     output = tmp_path / "a.png"
     for memory, message in (
-        (0.02, r"600 x 480 pixels need \S+ GiB to \w+, beside the weights, and 0\.02 GiB are free; the largest .* is"),
+        (
+            0.01,
+            r"600 x 480 pixels need \S+ GiB to \w+, beside the weights, and 0\.01 GiB are free; the largest .* is",
+        ),
         (0, "memory of 0 GiB is not above 0"),
     ):
         status, _, err = restore("--input", photo, "--output", output, "--scale", 20, "--memory-gib", memory)

@@ -1,5 +1,6 @@
 """Measure what training and restoring cost: `python -m zipir_jax.benchmark COMMAND --help`."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def latency(
         model: preset of config.py; not given: small on a CPU, else paper
         settings: paper (25 steps), fast (8 steps, static LQ tokens), either with ", guided"; () = all that suit the
             model
-        sizes: pixels, sides of the image; () = 1024 and 2048 on a CPU, else 1024, 2048, 4096 and 8192
+        sizes: pixels, sides of the image; () = 1024 and 2048 and, where there is an accelerator, 4096 and 8192
         repeats: of each measurement, of which the median counts
         output: JSON file to write
     """
@@ -100,25 +101,65 @@ def latency(
     from zipir_jax.measure import latency as measure
     from zipir_jax.measure.report import finish
 
-    if output is not None:
-        check_writable(output.parent)
-    on_cpu = jax.default_backend() == "cpu"
-    model = model or ("small" if on_cpu else "paper")
-    if model not in MODELS:
-        raise ValueError(f"model {model!r} is not one of: {', '.join(MODELS)}")
+    model, settings, sizes = _asked(model, settings, sizes, (1024, 2048), output)
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is measured, too
-    rows, rate = measure.latency(
-        MODELS[model],
-        settings or measure.settings_of(MODELS[model]),
-        sizes or ((1024, 2048) if on_cpu else (1024, 2048, 4096, 8192)),
-        repeats,
-    )
+    rows, rate = measure.latency(MODELS[model], settings, sizes, repeats)
     print(
         f"{model}, {MODELS[model].dit.compute_dtype}; products of large matrices: {rate / 1e12:.4g} TFLOP/s\n"
     )
     print(measure.phases_table(rows))
     print(f"\nTable 3 of the paper:\n\n{measure.papers_table(rows, model)}")
     finish(output, {"model": model, "matmul_flops_per_second": rate, "rows": rows})
+
+
+def memory(
+    model: str = "",
+    settings: tuple[str, ...] = (),
+    sizes: tuple[int, ...] = (),
+    memory_gib: float | None = None,
+    output: Path | None = None,
+) -> None:
+    """Memory of restoring: as planned, as XLA accounts for the compiled programs, and as used, with random weights.
+
+    Args:
+        model: preset of config.py; not given: small on a CPU, else paper
+        settings: as of `latency`
+        sizes: as of `latency`
+        memory_gib: as of `sample`
+        output: JSON file to write
+    """
+    from zipir_jax.measure import memory as measure
+    from zipir_jax.measure.report import finish
+    from zipir_jax.measure.timing import in_own_process
+
+    model, settings, sizes = _asked(model, settings, sizes, (1024, 2048, 4096), output)
+    limit = None if memory_gib is None else int(memory_gib * 2**30)
+    rows = []
+    for setting, size in itertools.product(settings, sizes):
+        row = in_own_process(measure.restore_memory, model, setting, size, limit)
+        rows.append({"setting": setting, "side": size} | row)
+        how = [f"did not run: {row['error']}"] if "error" in row else row["plan"]
+        print("\n".join([f"{size} x {size} pixels, {setting}:", *how]), flush=True)
+    print(f"\n{model}; of each phase planned / compiled, beside the weights:\n\n{measure.memory_table(rows)}")
+    finish(output, {"model": model, "rows": rows})
+
+
+def _asked(model, settings, sizes, cpu_sizes, output):
+    """The model, settings and sizes to measure, with what is not given filled in."""
+    import jax
+
+    from zipir_jax.measure.latency import settings_of
+
+    if output is not None:
+        check_writable(output.parent)
+    # What is measured in a process of its own has the device's memory to itself.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    on_cpu = jax.default_backend() == "cpu"
+    model = model or ("small" if on_cpu else "paper")
+    if model not in MODELS:
+        raise ValueError(f"model {model!r} is not one of: {', '.join(MODELS)}")
+    sizes = sizes or (cpu_sizes if on_cpu else (1024, 2048, 4096, 8192))
+    return model, settings or settings_of(MODELS[model]), sizes
 
 
 def peers(sizes: tuple[int, ...] = (), repeats: int = 3, output: Path | None = None) -> None:
@@ -210,6 +251,7 @@ def compile_programs(
 COMMANDS = {
     "pipeline": pipeline,
     "latency": latency,
+    "memory": memory,
     "peers": peers,
     "compile": compile_programs,
     "stem": stem,

@@ -186,7 +186,9 @@ def _opened(path, data=None) -> Iterator[Image.Image]:
 
 def to_uint8(image: Float32[np.ndarray, "*b h w c"]) -> UInt8[np.ndarray, "*b h w c"]:
     """[-1, 1] to 0..255, rounded and clipped."""
-    return np.clip(np.round((np.asarray(image) + 1) * 127.5), 0, 255).astype(np.uint8)
+    values = np.asarray(image) + 1
+    values *= 127.5  # in place, as the image may be most of the memory that there is
+    return np.clip(np.round(values, out=values), 0, 255, out=values).astype(np.uint8)
 
 
 def to_float(image: UInt8[np.ndarray, "*b h w c"]) -> Float32[np.ndarray, "*b h w c"]:

@@ -18,7 +18,8 @@ from zipir_jax.models.attention import LARGEST_LOGITS
 from zipir_jax.models.dit import Block
 from zipir_jax.models.layers import abstract_params, count_params
 from zipir_jax.models.lp_vae import FACTOR
-from zipir_jax.models.tiling import Tiling, choose_tiling, encode_bytes, pixel_decode_bytes
+from zipir_jax.models.memory import choose_tiling, encode_cost, pixel_decode_cost, resident_bytes
+from zipir_jax.models.tiling import Tiling
 
 MARGIN = FACTOR  # pixels; the outermost ones, where convolutions meet their padding of zeros, show a frame
 # Tokens; text is padded to a multiple of them, so that another prompt needs no other program.
@@ -86,15 +87,23 @@ def available_memory() -> int:
 
 
 def make_plan(
-    config: ModelConfig, height: int, width: int, *, available: int, pictures: int = 1, branches: int = 1
+    config: ModelConfig,
+    height: int,
+    width: int,
+    *,
+    available: int,
+    pictures: int = 1,
+    branches: int = 1,
+    platform: str | None = None,
 ) -> Plan:
     """How to restore pictures of (height, width) pixels, without margins, in `available` bytes.
 
     As many pictures at once as fit whole; where not even one does, one at a time with the LP-VAE in tiles. branches of
-    the guidance, each with a text; 0: no diffusion. Raises ValueError with what is needed, what there is, and the
-    largest size of this shape that fits.
+    the guidance, each with a text; 0: no diffusion. platform: as jax names that of the device; None: of its default
+    one. Raises ValueError with what is needed, what there is, and the largest size of this shape that fits.
     """
-    plan = _plan(config, *padded_size(config, height, width), available, pictures, branches)
+    platform = platform or jax.default_backend()
+    plan = _plan(config, *padded_size(config, height, width), available, pictures, branches, platform)
     phase, need = max(plan.needs.items(), key=lambda item: item[1])
     if need <= available:
         return plan
@@ -103,8 +112,8 @@ def make_plan(
         return tuple(round(side * longest / max(height, width)) or 1 for side in (height, width))
 
     def too_large(longest):
-        size = padded_size(config, *shape(longest))
-        return max(_plan(config, *size, available, 1, branches).needs.values()) > available
+        smaller = _plan(config, *padded_size(config, *shape(longest)), available, 1, branches, platform)
+        return max(smaller.needs.values()) > available
 
     longest = bisect.bisect_left(range(max(height, width)), True, lo=1, key=too_large) - 1
     there = f"{width} x {height} pixels need {_gib(need)} to {phase}, beside the weights, and {_gib(available)} are "
@@ -115,17 +124,18 @@ def make_plan(
     raise ValueError(f"{there}; the largest of this shape that fits is {width} x {height}")
 
 
-def _plan(config, height, width, available, pictures, branches):
+def _plan(config, height, width, available, pictures, branches, platform):
     """The plan that fits or, if none does, the one that needs least."""
     for count in range(pictures, 0, -1):
-        needs = needed_bytes(config, height, width, None, None, count, branches)
+        needs = needed_bytes(config, height, width, None, None, count, branches, platform)
         if max(needs.values()) <= available:
             return Plan(height, width, count, None, None, needs, available)
-    vae, images = config.lp_vae, image_bytes(height, width)
+    budget = available - image_bytes(height, width, platform)
     encode, decode = (
-        choose_tiling(vae, height, width, available - images, of) for of in (encode_bytes, pixel_decode_bytes)
+        choose_tiling(cost, config.lp_vae, height, width, budget, platform)
+        for cost in (encode_cost, pixel_decode_cost)
     )
-    needs = needed_bytes(config, height, width, encode, decode, 1, branches)
+    needs = needed_bytes(config, height, width, encode, decode, 1, branches, platform)
     return Plan(height, width, 1, encode, decode, needs, available)
 
 
@@ -137,33 +147,32 @@ def needed_bytes(
     decode: Tiling | None,
     pictures: int,
     branches: int,
+    platform: str,
 ) -> dict[str, int]:
     """Bytes of each phase beside the weights; sides of what the networks see, pixels; other arguments as of a plan."""
-    vae, images = config.lp_vae, pictures * image_bytes(height, width)
+    vae, images = config.lp_vae, image_bytes(height, width, platform)
+    latent = height // FACTOR, width // FACTOR
     needs = {
-        "encode": images + pictures * encode_bytes(vae, height, width, encode),
-        "denoise": pictures * denoise_bytes(config.dit, height // FACTOR, width // FACTOR, branches),
-        "decode": images + pictures * pixel_decode_bytes(vae, height, width, decode),
+        "encode": images + resident_bytes(encode_cost(vae, height, width, encode, platform), platform),
+        "denoise": denoise_bytes(config.dit, *latent, branches, platform),
+        "decode": images + resident_bytes(pixel_decode_cost(vae, height, width, decode, platform), platform),
     }
-    return needs if branches else {phase: need for phase, need in needs.items() if phase != "denoise"}
+    return {phase: pictures * need for phase, need in needs.items() if branches or phase != "denoise"}
 
 
-def compute_bytes(dtype: str) -> int:
-    """Of a value that is computed in this dtype: XLA's CPU backend computes bfloat16 in float32."""
-    return 4 if jax.default_backend() == "cpu" else jnp.dtype(dtype).itemsize
+def image_bytes(height: int, width: int, platform: str) -> int:
+    """Of a picture as the networks read it; on a CPU of its copies on the host, too."""
+    return 3 * 4 * height * width * (HOST_IMAGES if platform == "cpu" else 1)
 
 
-def image_bytes(height: int, width: int) -> int:
-    """Of a picture as the networks read it; on a CPU of the copies on the host, too."""
-    return 12 * height * width * (HOST_IMAGES if jax.default_backend() == "cpu" else 1)
-
-
-def denoise_bytes(config: DiTConfig, height: int, width: int, branches: int) -> int:
+def denoise_bytes(config: DiTConfig, height: int, width: int, branches: int, platform: str) -> int:
     """Of denoising one picture, beside the weights; sides of the latent."""
     noisy = height * width // config.patch**2
     static = config.lq_attention == "static"
     moving = branches * noisy * (1 if static else 2)  # tokens that the blocks change
-    value = compute_bytes(config.compute_dtype)
+    value = (
+        4 if platform == "cpu" else jnp.dtype(config.compute_dtype).itemsize
+    )  # CPUs have no bfloat16 of their own
     tokens = LIVE_TOKENS * moving * config.width * value
     logits = 0
     if config.attention == "xla":

@@ -125,12 +125,23 @@ class Restorer:
         branches = 0 if not denoise else 1 if negative_text is None or sampling.guidance == 1 else 2
         plan = self.plan(image.shape, scale=scale, size=size, branches=branches, memory=memory)
         try:
-            pictures = to_float(batch) if is_bytes else batch
-            parts = [pictures[i : i + plan.pictures] for i in range(0, len(batch), plan.pictures)]
-            how = plan, sampling, keys, denoise, texts, progress
-            restored = np.concatenate([self._restore_part(part, height, width, *how) for part in parts])
-            restored = restored[0] if image.ndim == 3 else restored
-            return to_uint8(restored) if is_bytes else restored
+            restored = np.empty((len(batch), height, width, 3), batch.dtype)
+            for start in range(0, len(batch), plan.pictures):
+                part = slice(start, start + plan.pictures)
+                pictures = [to_float(picture) if is_bytes else picture for picture in batch[part]]
+                of_part = [text and jax.tree.map(lambda x, part=part: x[part], text) for text in texts]
+                pictures = self._restore_part(
+                    pictures,
+                    plan,
+                    height,
+                    width,
+                    keys[part],
+                    sampling if denoise else None,
+                    of_part,
+                    progress,
+                )
+                restored[part] = to_uint8(pictures) if is_bytes else pictures
+            return restored[0] if image.ndim == 3 else restored
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             # jax has one class for all that fails on a device; its text begins with the kind.
             if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
@@ -163,20 +174,20 @@ class Restorer:
             branches=branches,
         )
 
-    def _restore_part(self, pictures, height, width, plan, sampling, keys, denoise, texts, progress):
-        """float32 pictures [b, h, w, 3] of as many as fit at once."""
+    def _restore_part(self, pictures, plan, height, width, keys, sampling, texts, progress):
+        """float32 pictures [b, h, w, 3] of as many as run at once; without sampling their latents are decoded as they
+        are."""
         lq = np.stack([resize(picture, height, width) for picture in pictures])
         lq = pad_by_reflection(lq, plan.height, plan.width)
         progress("encode")
         latent = jax.block_until_ready(_encode(self.config, plan.encode, self.weights, lq))
-        if denoise:
+        if sampling is not None:
             progress("denoise")
-            texts = [text and jax.tree.map(lambda x: x[: len(pictures)], text) for text in texts]
-            latent = _denoise(self.config, sampling, self.weights, latent, keys[: len(pictures)], *texts)
+            latent = _denoise(self.config, sampling, self.weights, latent, keys, *texts)
             jax.block_until_ready(latent)
         progress("decode")
         restored = np.asarray(_decode(self.config, plan.decode, self.weights, latent, lq))
-        return np.clip(restored[:, MARGIN : MARGIN + height, MARGIN : MARGIN + width], -1, 1)
+        return restored[:, MARGIN : MARGIN + height, MARGIN : MARGIN + width]
 
     def _texts(self, count, *texts):
         """Batched embeddings, padded to one length; raises ValueError where they do not suit the model."""
@@ -216,7 +227,7 @@ def _denoise(config, sampling, weights, lq_latent, keys, text, negative_text):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="lq")  # the result takes its place
 def _decode(config, tiling, weights, latent, lq):
-    return pixel_decode(weights["pixel_decoder"], config.lp_vae, latent, lq, tiling)
+    return jnp.clip(pixel_decode(weights["pixel_decoder"], config.lp_vae, latent, lq, tiling), -1, 1)
 
 
 def in_compute_dtype(config: ModelConfig, weights: dict) -> dict:

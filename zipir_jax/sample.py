@@ -68,7 +68,7 @@ def restore_files(
     restorer = Restorer.load(weights)
     check_sampling(restorer.config, sampling)
     failures = 0
-    with tqdm(total=len(PHASES) * len(jobs), unit="phase", dynamic_ncols=True) as bar:
+    with tqdm(total=len(PHASES) * len(jobs), unit="phase", dynamic_ncols=True, disable=dry_run) as bar:
 
         def progress(phase):
             """The phases before this one are done."""
@@ -84,7 +84,7 @@ def restore_files(
                 options = {"scale": scale, "size": target, "memory": memory}
                 try:
                     if dry_run:
-                        bar.write("\n".join([f"{source}:", *restorer.plan(image.shape, **options).lines()]))
+                        print(f"{source}:", *restorer.plan(image.shape, **options).lines(), sep="\n")
                         continue
                     restored = restorer.restore(
                         image, **options, sampling=sampling, seed=seed, progress=progress
@@ -97,10 +97,8 @@ def restore_files(
                     raise
                 failures += 1
                 bar.write(f"skipped: {error}", file=sys.stderr)
-            finally:
-                bar.update(
-                    len(PHASES) * (index + 1) - bar.n
-                )  # a skipped file fills its share of the bar as well
+            finally:  # a skipped file fills its share of the bar as well
+                bar.update(len(PHASES) * (index + 1) - bar.n)
     if not dry_run:
         print(f"restored {len(jobs) - failures}, skipped {failures}" if input.is_dir() else jobs[0][1])
     return 1 if failures else 0

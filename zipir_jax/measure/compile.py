@@ -73,7 +73,7 @@ def sampling_program(
     groups = {name: group for name, group in abstract_weights(config).items() if name in restorer.NEEDED}
     weights = jax.eval_shape(functools.partial(restorer.in_compute_dtype, config), groups)
     weights = jax.tree.map(lambda x: _placed(x, parallel.replicated(mesh)), weights)
-    plan = make_plan(config, side, side, available=memory - _bytes(weights), branches=2)
+    plan = make_plan(config, side, side, available=memory - _bytes(weights), branches=2, platform="gpu")
     image = jax.ShapeDtypeStruct((1, plan.height, plan.width, 3), jnp.float32)
     latent = (1, plan.height // FACTOR, plan.width // FACTOR, config.dit.latent_channels)
     latent = jax.ShapeDtypeStruct(latent, jnp.float32)

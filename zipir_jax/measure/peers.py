@@ -10,19 +10,16 @@ import dataclasses
 import importlib.util
 import os
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
-from multiprocessing import get_context
 
 import jax
 import jax.numpy as jnp
 
 from zipir_jax.config import MODELS, DataConfig, DiTConfig, SamplingConfig
 from zipir_jax.measure.report import table
-from zipir_jax.measure.timing import cheap_params, check_repeats, median_seconds
+from zipir_jax.measure.timing import ATTENTION, cheap_params, check_repeats, in_own_process, median_seconds
 from zipir_jax.models.dit import DiT
-from zipir_jax.models.flops import dit_flops
+from zipir_jax.models.flops import dit_read_flops, dit_step_flops
 from zipir_jax.models.layers import bind, count_params
 from zipir_jax.models.lp_vae import FACTOR
 
@@ -61,7 +58,14 @@ UNETS = {
     },
 }
 
-# Each as its authors publish it: network (of MODELS or UNETS), steps, and calls of the network a step: 2 with
+# Ours.
+DITS = {
+    "paper": MODELS["paper"].dit,
+    "paper_static": dataclasses.replace(MODELS["paper"].dit, lq_attention="static"),
+    "dit_0p68b": MODELS["dit_0p68b"].dit,
+}
+
+# Each as its authors publish it: network (of DITS or UNETS), steps, and calls of the network a step: 2 with
 # classifier-free guidance, with the text and without it, which all of them make in one batch. The first is what the
 # others are compared with.
 SYSTEMS = {
@@ -76,6 +80,12 @@ SYSTEMS = {
         "steps": SamplingConfig.steps,
         "calls": 1,
         "source": "as above with guidance 1: what its 250 ms a step at 2048 px on an A100, 43 TFLOP, can be at most",
+    },
+    "ZipIR 3.12B, fast": {
+        "network": "paper_static",
+        "steps": 8,
+        "calls": 2,
+        "source": "ours: static LQ tokens, 8 steps, guided; no weights have been trained so",
     },
     "ZipIR 0.68B": {
         "network": "dit_0p68b",
@@ -159,7 +169,8 @@ def compare(side: int, repeats: int, device: str) -> list[dict]:
         network, batch = system["network"], system["calls"]
         if (network, batch) not in measured:
             time_step = time_unet if network in UNETS else time_dit
-            measured[network, batch] = in_own_process(time_step, network, side, batch, repeats, device)
+            found = in_own_process(time_step, network, side, batch, repeats, device)
+            measured[network, batch] = {"seconds": None} | found
         row = {"system": name, "size": side} | system | measured[network, batch]
         row["image_seconds"] = row["seconds"] and row["steps"] * row["seconds"]
         ours = rows[0] if rows else row
@@ -178,9 +189,11 @@ def image_flops(sides: tuple[int, ...]) -> list[dict]:
         check_size(side)
     rows = []
     for name, system in SYSTEMS.items():
-        count = unet_flops if system["network"] in UNETS else our_flops
-        calls = system["steps"] * system["calls"]
-        flops = {side: calls * count(system["network"], side) for side in sides}
+        network, calls = system["network"], system["steps"] * system["calls"]
+        if network in UNETS:
+            flops = {side: calls * unet_flops(network, side) for side in sides}
+        else:
+            flops = {side: our_flops(network, side, calls, system["calls"]) for side in sides}
         ours = rows[0]["flops"] if rows else flops
         rows.append(
             {"system": name, "flops": flops, "ratio": {side: flops[side] / ours[side] for side in sides}}
@@ -220,40 +233,29 @@ def check_size(side: int) -> None:
         raise ValueError(f"size {side} is not a multiple of {UNET_SIDES}")
 
 
-def in_own_process(function: Callable[..., dict], *arguments) -> dict:
-    """What the function returns, called in a process of its own: its memory is free again afterwards.
-
-    Where it fails or is killed, as for want of memory, {"seconds": None, "error": one line}.
-    """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except (RuntimeError, MemoryError) as error:  # torch's, jax's and the pool's errors are RuntimeErrors
-            return {"seconds": None, "error": str(error).partition("\n")[0] or type(error).__name__}
-
-
 # --------------------------------------------------------------------------------------------------
 # Ours
 # --------------------------------------------------------------------------------------------------
 
 
 def time_dit(network: str, side: int, batch: int, repeats: int, device: str) -> dict:
-    """{"parameters", "compile_seconds", "seconds"} of `denoise` with random weights; arguments as of `compare`."""
+    """{"parameters", "compile_seconds", "seconds"} of `DiT.denoise` with random weights; arguments as of `compare`.
+
+    What it needs of the LQ latent and the texts is computed once an image, and so before.
+    """
     gpu = device == "gpu"
     config = dataclasses.replace(
-        MODELS[network].dit,
-        compute_dtype="bfloat16" if gpu else "float32",
-        attention="cudnn" if gpu else "xla",
+        DITS[network], compute_dtype="bfloat16" if gpu else "float32", attention=ATTENTION[device]
     )
     params = cheap_params(DiT, config, config.compute_dtype)
     # Not constant: a GPU computes faster where few bits change.
-    noisy, lq = jax.random.normal(
-        jax.random.key(0), (2, batch, side // FACTOR, side // FACTOR, config.latent_channels)
-    )
+    shape = side // FACTOR, side // FACTOR, config.latent_channels
+    noisy = jax.random.normal(jax.random.key(0), (batch, *shape))
     text = None
     if config.text_width:
         text = jax.random.normal(jax.random.key(1), (batch, DataConfig.text_tokens, config.text_width))
-    inputs = params, noisy, jnp.full(batch, 500.0), lq, text
+    condition = jax.jit(read, static_argnums=0)(config, params, jnp.zeros((1, *shape)), text)
+    inputs = params, noisy, jnp.full(batch, 500.0), condition
     started = time.perf_counter()
     step = jax.jit(denoise, static_argnums=0).lower(config, *inputs).compile()
     compile_seconds = time.perf_counter() - started
@@ -264,14 +266,19 @@ def time_dit(network: str, side: int, batch: int, repeats: int, device: str) -> 
     }
 
 
-def denoise(config: DiTConfig, params: dict, noisy, timesteps, lq, text):
-    """One call of the DiT, as a sampling step makes it."""
-    return bind(DiT, config, params)(noisy, timesteps, lq, text)
+def read(config: DiTConfig, params: dict, lq, text) -> dict:
+    return bind(DiT, config, params).read(lq, text)
 
 
-def our_flops(network: str, side: int) -> int:
-    """Of one call of one of MODELS' DiTs; side of the image, pixels."""
-    return dit_flops(MODELS[network].dit, side // FACTOR, side // FACTOR, DataConfig.text_tokens)
+def denoise(config: DiTConfig, params: dict, noisy, timesteps, condition: dict):
+    return bind(DiT, config, params).denoise(noisy, timesteps, condition)
+
+
+def our_flops(network: str, side: int, calls: int, branches: int) -> int:
+    """Of an image in `calls` calls of one of DITS, for as many branches of the guidance; side of the image, pixels."""
+    size = DITS[network], side // FACTOR, side // FACTOR
+    read_once = dit_read_flops(*size, branches * DataConfig.text_tokens)
+    return read_once + calls * dit_step_flops(*size, DataConfig.text_tokens)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +46,25 @@ def cheap_weights(config: ModelConfig) -> dict:
     vae, statistics = config.lp_vae, abstract_weights(config)["statistics"]
     return {
         "statistics": {
-            name: jnp.full(x.shape, float(name.endswith("std"))) for name, x in statistics.items()
+            name: jnp.full(x.shape, name.endswith("std"), x.dtype) for name, x in statistics.items()
         },
         "coarse_encoder": cheap_params(Encoder, vae.coarse, vae.coarse.compute_dtype),
         "fine_encoder": cheap_params(Encoder, vae.fine, vae.fine.compute_dtype),
         "dit": cheap_params(DiT, config.dit, config.dit.compute_dtype),
         "pixel_decoder": cheap_params(PixelDecoder, vae, vae.fine.compute_dtype),
     }
+
+
+def in_own_process(function: Callable[..., dict], *arguments) -> dict:
+    """What the function returns, called in a process of its own: its memory is free again afterwards.
+
+    Where it fails on the device or is killed, as for want of memory, {"error": one line}.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except (RuntimeError, MemoryError) as error:  # torch's, jax's and the pool's errors are RuntimeErrors
+            return {"error": str(error).partition("\n")[0] or type(error).__name__}
 
 
 def median_seconds(step: Callable[[], object], repeats: int) -> float:

@@ -1,0 +1,68 @@
+import dataclasses
+import json
+
+import pytest
+
+from zipir_jax import benchmark
+from zipir_jax.config import MODELS
+from zipir_jax.measure import latency as latency_module
+from zipir_jax.measure.latency import SETTINGS, latency, settings_of, with_setting
+from zipir_jax.models.flops import dit_step_flops
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(autouse=True)
+def small_matrices(monkeypatch):
+    monkeypatch.setattr(latency_module, "MATMUL_CPU", 64)
+
+
+def test_a_size_and_a_setting_are_a_row_whose_phases_make_up_the_image(call, tmp_path):
+    output = tmp_path / "latency.json"
+    options = "--model", "tiny", "--sizes", 64, "--repeats", 1, "--output", output
+    status, out, err = call(benchmark.main, "latency", *options)
+    assert status == 0, err
+    report = json.loads(output.read_text())
+    rows = {(row["setting"], row["side"]): row for row in report["rows"]}
+    assert rows.keys() == {(setting, side) for setting in ("paper", "fast") for side in (64,)}
+    for (setting, side), row in rows.items():
+        phases = row["encode"] + row["denoise"] + row["decode"]
+        assert 0.3 * row["image"] < phases <= row["image"]
+        assert row["evaluations"] == row["steps"] == SETTINGS[setting]["steps"]
+        assert row["compile"] > 0
+        dit = dataclasses.replace(MODELS["tiny"].dit, lq_attention=SETTINGS[setting]["lq_attention"])
+        assert row["step_flops"] == dit_step_flops(dit, side // 32 + 2, side // 32 + 2)
+        rate = report["matmul_flops_per_second"]
+        assert row["utilisation"] == pytest.approx(row["step_flops"] / row["step"] / rate)
+    assert "| ZipIR (A100-80G) | 25 | 250 | 6.92 | 3.1 |" in out
+
+
+def test_a_guided_step_evaluates_both_branches():
+    dit = dataclasses.replace(MODELS["tiny"].dit, text_width=16, layers=1)
+    config = dataclasses.replace(MODELS["tiny"], dit=dit)
+    assert settings_of(config) == tuple(SETTINGS)
+    rows, _ = latency(config, ("fast", "fast, guided"), (64,), 1)
+    plain, guided = rows
+    assert guided["evaluations"] == 2 * plain["evaluations"] == 2 * plain["steps"]
+    assert guided["step_flops"] == 2 * plain["step_flops"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "huge"), "model 'huge' is not one of: paper, "),
+        (("--model", "tiny", "--settings", "slow"), "setting 'slow' is not one of: paper, "),
+        (("--model", "tiny", "--settings", "fast, guided"), "setting 'fast, guided' needs a model with text"),
+        (("--model", "tiny", "--repeats", 0), "repeats 0 is below 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(call, options, message):
+    status, _, err = call(benchmark.main, "latency", "--sizes", 64, *options)
+    assert status == 2
+    assert message in err
+
+
+def test_the_setting_and_the_device_choose_the_attention():
+    static = with_setting(MODELS["small"], "fast").dit
+    assert (static.lq_attention, static.attention) == ("static", "xla")
+    assert with_setting(MODELS["small"], "paper").dit.lq_attention == "joint"
