@@ -1,6 +1,7 @@
 # make restore                          restore a test photograph and score the result
 # make restore INPUT=photo.jpg SCALE=4  restore a photograph or a folder; OUTPUT=file or folder, ARGS="--overwrite ..."
 # make test                             all checks
+# make test-compile                     compile a training step for TPUs that are not there (part of make test)
 # make train-tiny PHOTOS=folder         train every stage on two CPU cores in 20 minutes, into runs/tiny
 # make clean                            remove .venv and caches
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 SCALE ?= 4
 export INPUT OUTPUT SCALE PHOTOS  # read from the environment, so that a path may hold spaces and quotes
 
-.PHONY: restore test train-tiny clean
+.PHONY: restore test test-compile train-tiny clean
 
 restore: .venv/.installed
 ifdef INPUT
@@ -19,11 +20,14 @@ else
 	.venv/bin/python -m zipir_jax.evaluate --photo astronaut --task mixture --pictures output
 endif
 
-test: .venv/.installed
+test: .venv/.installed test-compile
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/lint-imports
 	.venv/bin/python -m pytest
+
+test-compile: .venv-compile/.installed
+	.venv-compile/bin/python -m pytest tests/measure/test_compile.py
 
 TINY_STAGES = lpvae_coarse lpvae_fine_512 lpvae_fine_1k dit_3b dit_0p68b pixel_decoder
 
@@ -45,6 +49,16 @@ endif
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
 	@touch $@
 
+# What .venv has, and the TPU's compiler, which would make every start of jax in .venv slow and noisy.
+.venv-compile/.installed: .venv/.installed
+	@echo "Installing the compiler for TPUs into .venv-compile: 0.7 GB."
+	.venv/bin/python -m venv .venv-compile
+	@folder='import sysconfig; print(sysconfig.get_path("purelib"))' && \
+	echo "import site; site.addsitedir('$$(.venv/bin/python -c "$$folder")')" \
+	    > "$$(.venv-compile/bin/python -c "$$folder")/venv.pth"
+	.venv-compile/bin/python -m pip install --quiet --disable-pip-version-check "jax[tpu]"
+	@touch $@
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-compile build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find zipir_jax tests configs -name __pycache__ -exec rm -rf {} +

@@ -133,8 +133,8 @@ def device_bytes(compiled: jax.stages.Compiled, held: int) -> dict[str, int]:
 
 def refusal(message: str) -> str:
     """The line of a compiler's message that has the numbers."""
-    found = re.search(r"[^\n]*\b[Uu]sed [^\n]* of [^\n]*|RESOURCE_EXHAUSTED[^\n]*", message)
-    return found.group().strip() if found else message.splitlines()[0]
+    found = re.search(r"[^\n]*\b[Uu]sed [^\n]* of [^\n]*", message) or re.search(r"[^\n]+", message)
+    return found.group().strip()
 
 
 def _bytes(tree):

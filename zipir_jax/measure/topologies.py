@@ -10,8 +10,12 @@ import math
 from importlib.metadata import PackageNotFoundError, version
 
 GIB = 2**30
-# Compile on a CPU; ask no cloud for the kind of this machine; no complaint that there is no driver.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",  # ask no cloud for the kind of this machine
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock on chips that are not there
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no complaint that there is no driver
+}
 # The share of a GPU's memory that jax takes at its start unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 GPU_SHARE = 0.75
 
@@ -46,16 +50,16 @@ TPU_MEMORY = {"v5e": int(15.75 * GIB), "v5p": int(95.74 * GIB), "v6e": int(31.25
 
 # name -> (platform, kind, topology): of TPUs the chips along each axis of the slice, of GPUs machines x GPUs of each.
 HARDWARE = {
-    "v5e-64": ("tpu", "v5e", "8x8"),
-    "v5p-64": ("tpu", "v5p", "4x4x4"),  # 64 chips; Cloud TPU counts the cores, two a chip: v5p-128
-    "v5p-32": ("tpu", "v5p", "2x4x4"),  # 32 chips, which Cloud TPU calls v5p-64
-    "v6e-64": ("tpu", "v6e", "8x8"),
     "8xa100": ("cuda", "a100", "1x1x8"),
     "8xh100": ("cuda", "h100", "1x1x8"),
     "8xh200": ("cuda", "h200", "1x1x8"),
     "a100": ("cuda", "a100", "1x1x1"),
     "h100": ("cuda", "h100", "1x1x1"),
     "h200": ("cuda", "h200", "1x1x1"),
+    "v5e-64": ("tpu", "v5e", "8x8"),
+    "v5p-64": ("tpu", "v5p", "4x4x4"),  # 64 chips; Cloud TPU counts the cores, two a chip: v5p-128
+    "v5p-32": ("tpu", "v5p", "2x4x4"),  # 32 chips, which Cloud TPU calls v5p-64
+    "v6e-64": ("tpu", "v6e", "8x8"),
 }
 
 

@@ -1,0 +1,94 @@
+"""Programs compiled for TPUs that are not there. `make test` runs these in an environment of their own, with libtpu."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from zipir_jax.config import MODELS
+from zipir_jax.measure.compile import refusal
+from zipir_jax.measure.topologies import GIB, GPUS, HARDWARE, check_hardware, device_count, target_config
+from zipir_jax.models.layers import count_params
+from zipir_jax.weights import abstract_weights
+
+with_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+# The shipped training from latents: the encoders' convolutions take minutes to compile for a TPU.
+CONFIG = """
+import dataclasses, runpy
+
+def config():
+    config = runpy.run_path("configs/dit_3b.py")["config"]()
+    dit = dataclasses.replace(config.model.dit, **{dit})
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dit=dit),
+        data=dataclasses.replace(config.data, latents="latents"),
+        mesh=dataclasses.replace(config.mesh, **{mesh}),
+    )
+"""
+
+
+def compiled(folder, dit, mesh):
+    """The command's row for a training step on v5e-64, crops of 512 pixels, with these settings of DiT and mesh."""
+    file, output = folder / "config.py", folder / "compile.json"
+    file.write_text(CONFIG.format(dit=dit, mesh=mesh))
+    options = f"compile --hardware v5e-64 --training-sides 512 --config {file} --output {output}"
+    command = [sys.executable, "-m", "zipir_jax.benchmark", *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(output.read_text())["programs"]
+    return row
+
+
+@with_libtpu
+def test_each_chip_has_its_share_of_the_state(tmp_path):
+    """Of two layers at a quarter of the width, with heads of as many channels as are shipped: a minute's compiling."""
+    dit = {"layers": 2, "width": 512, "heads": 4, "text_width": 512}
+    row = compiled(tmp_path, dit, mesh={})
+    model = MODELS["paper"]
+    groups = abstract_weights(dataclasses.replace(model, dit=dataclasses.replace(model.dit, **dit)))
+    state = 16 * count_params(groups["dit"])  # float32 parameters, their average, two moments
+    frozen = 4 * sum(
+        count_params(groups[name]) for name in ("coarse_encoder", "fine_encoder", "fine_decoder")
+    )
+    assert row["devices"] == 64
+    assert row["held"] == pytest.approx(state / 64 + frozen, rel=0.01)
+    assert row["fits"]
+    assert row["total"] < row["usable"] == 15.75 * GIB
+
+
+@with_libtpu
+def test_a_state_that_is_not_divided_does_not_fit(tmp_path):
+    row = compiled(tmp_path, {"layers": 24}, mesh={"data": 0, "fsdp": 1})
+    assert not row["fits"]
+    assert "15.75G" in row["refusal"]  # as the compiler names what a chip has
+
+
+def test_only_known_hardware_is_compiled_for(monkeypatch):
+    with pytest.raises(ValueError, match="hardware 'v2-8' is not one of: 8xa100, "):
+        check_hardware(("v2-8",))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name, module in (("v5e-64", "libtpu"), ("a100", "jax_cuda12_plugin")):
+        with pytest.raises(ValueError, match=f"to compile for {name} needs {module}: pip install"):
+            check_hardware((name,))
+
+
+def test_slices_have_the_chips_that_their_names_say():
+    for name, (platform, _, _) in HARDWARE.items():
+        count = name.split("-")[1] if platform == "tpu" else name.split("x")[0] if "x" in name else 1
+        assert device_count(name) == int(count)
+
+
+def test_a_gpu_is_described_in_the_order_of_its_generation():
+    texts = {name: target_config(gpu) for name, gpu in GPUS.items()}
+    assert "major: 8 minor: 0" in texts["a100"]
+    assert all("major: 9 minor: 0" in texts[name] for name in ("h100", "h200"))
+    assert all(text.count("{") == text.count("}") for text in texts.values())
+
+
+def test_a_refusal_is_told_with_its_numbers():
+    message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error.\nUsed 46.55G of 15.75G hbm. Exceeded by 30.80G.\nx"
+    assert refusal(message) == "Used 46.55G of 15.75G hbm. Exceeded by 30.80G."
