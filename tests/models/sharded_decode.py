@@ -72,7 +72,6 @@ def main():
             assert jnp.abs(one).std() > 0.01
             print(float(np.abs(np.asarray(one) - np.asarray(many)).max()))
 
-    run(unfolding, 8, 2, None)
     run(plain, 4, 1, None)  # one latent row a device
     run(unfolding, 7, 1, None)  # the last device has less
     run(unfolding, 4, 7, Tiling(8, 128, 32))  # tiles beside one another, each divided by height

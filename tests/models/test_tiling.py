@@ -223,7 +223,7 @@ def run_all(config, params, image, latent, tiling):
         ("tiny", 5, 7, [(8, 64, 96), (16, 32, 1024)]),
         ("small", 1, 17, [(32, 32, 32)]),
         ("paper", 3, 5, [(2, 50, 94), (4, 36, 44)]),
-        ("paper", 11, 1, [(8, 96, 16), (16, 64, 32)]),
+        ("paper", 11, 1, [(16, 64, 32)]),
         ("enlarging", 3, 5, [(4, 36, 60), (8, 8, 104)]),
     ],
 )
@@ -271,5 +271,5 @@ def test_decoding_divided_by_height_equals_one_device():
     )
     assert program.returncode == 0, program.stderr
     differences = [float(line) for line in program.stdout.split()]
-    assert len(differences) == 8
+    assert len(differences) == 6
     assert max(differences) < 1e-4
