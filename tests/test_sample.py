@@ -543,6 +543,21 @@ def test_restorers_do_not_compare_their_arrays(restorer):
     assert len({restorer, dataclasses.replace(restorer)}) == 2
 
 
+def test_the_attention_of_other_hardware_is_refused_and_can_be_replaced(
+    photo, restore, tiny_weights, tmp_path
+):
+    """Weights that were trained on a GPU name its kernel."""
+    folder = tmp_path / "weights"
+    shutil.copytree(tiny_weights, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["dit"] |= {"attention": "cudnn", "compute_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    options = "--input", photo, "--output", tmp_path / "a.png", "--scale", 1
+    status, _, err = restore(*options, weights=folder)
+    assert (status, err) == (2, "error: cudnn attention runs on gpu, not on cpu; xla runs anywhere")
+    assert restore(*options, "--attention", "xla", weights=folder)[0] == 0
+
+
 def test_weights_without_text_take_no_prompt(restorer, photograph):
     for name in ("text", "negative_text"):
         with pytest.raises(ValueError, match="trained without text"):

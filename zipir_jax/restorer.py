@@ -23,6 +23,7 @@ from zipir_jax.diffusion.objective import predict_eps
 from zipir_jax.diffusion.samplers import ddim, initial_noise
 from zipir_jax.diffusion.schedule import linear_schedule, spaced_timesteps
 from zipir_jax.imageio import LARGEST_SIDE, resize, to_float, to_uint8
+from zipir_jax.models.attention import check_implementation
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind
 from zipir_jax.models.lp_vae import encode, unwhiten, whiten
@@ -78,15 +79,20 @@ class Restorer:
     weights: dict
 
     @classmethod
-    def load(cls, weights: str | Path = "default") -> "Restorer":
+    def load(cls, weights: str | Path = "default", attention: str | None = None) -> "Restorer":
         """Read a folder of weights, or the "default" ones of the package.
 
-        Raises ValueError, naming folder and tensor, if they cannot be read or do not fit together.
+        attention: implementation, see models/attention.py; None: the one that the weights were trained with.
+
+        Raises ValueError, naming folder and tensor, if they cannot be read or do not fit together, and for attention
+        that does not run here.
         """
         config, groups = load_weights(weights, NEEDED)
-        return cls(
-            config, jax.device_put(in_compute_dtype(config, {group: groups[group] for group in NEEDED}))
-        )
+        if attention is not None:
+            config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, attention=attention))
+        check_implementation(config.dit.attention, config.dit.compute_dtype)
+        groups = in_compute_dtype(config, {group: groups[group] for group in NEEDED})
+        return cls(config, jax.device_put(groups))
 
     def restore(
         self,

@@ -29,6 +29,7 @@ def restore_files(
     size: str | None = None,
     format: Literal["png", "jpg", "webp"] = "png",
     weights: str = "default",
+    attention: Literal["xla", "cudnn", "splash"] | None = None,
     seed: int = 0,
     overwrite: bool = False,
     memory_gib: float | None = None,
@@ -44,6 +45,8 @@ def restore_files(
         size: output size in pixels, WIDTHxHEIGHT
         format: of results that go into a folder; an output file's follows from its name
         weights: folder of weights
+        attention: implementation: xla runs anywhere, cudnn on NVIDIA's GPUs, splash on TPUs; not given: the one that
+            the weights were trained with
         seed: of the noise that the sampler starts from; the same seed gives the same bytes
         overwrite: replace output files that exist
         memory_gib: memory of the device to spend beside the weights; what does not fit whole runs in tiles, with the
@@ -65,7 +68,7 @@ def restore_files(
         raise ValueError(f"memory of {memory_gib:g} GiB is not above 0")
     memory = None if memory_gib is None else int(memory_gib * 2**30)
     cache_compiled_programs()
-    restorer = Restorer.load(weights)
+    restorer = Restorer.load(weights, attention)
     check_sampling(restorer.config, sampling)
     failures = 0
     with tqdm(total=len(PHASES) * len(jobs), unit="phase", dynamic_ncols=True, disable=dry_run) as bar:

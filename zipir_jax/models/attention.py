@@ -16,9 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from zipir_jax.parallel import MESH_AXES, mesh_parts
 
-LARGEST_LOGITS = (
-    64 * 2**20
-)  # bytes of float32 logits that one device holds at a time with "xla"; near a cache's size
+# Bytes of float32 logits that one device holds at a time with "xla"; larger ones are further from a CPU's caches.
+LARGEST_LOGITS = 64 * 2**20
 LANES = 128  # of a TPU: its kernel takes sequences in blocks of multiples of them
 LARGEST_BLOCK = 512  # queries or keys of a splash kernel's block: what MaxText ships for all of its TPUs
 PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # that an implementation needs, as jax names them
@@ -39,26 +38,32 @@ def attention(
     another name, and for a kernel on devices, those of the mesh in effect or else jax's, or dtypes that it is not for.
     What the backward pass reads of the result is named "attention", for policies of `jax.checkpoint`.
     """
-    if implementation not in ("xla", *PLATFORMS):
-        raise ValueError(
-            f"attention implementation {implementation!r} is not one of: {', '.join(('xla', *PLATFORMS))}"
-        )
+    check_implementation(implementation, query.dtype)
     if implementation == "xla":
         return checkpoint_name(xla_attention(query, key, value, key_lengths), "attention")
-    if implementation == "cudnn" and query.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(f"cudnn attention computes in bfloat16 or float16, not in {query.dtype}")
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    if platform not in PLATFORMS[implementation]:
-        raise ValueError(
-            f"{implementation} attention runs on {PLATFORMS[implementation][0]}, not on {platform}"
-        )
     if implementation == "splash":
         return splash_attention(query, key, value, key_lengths)
     result = jax.nn.dot_product_attention(
         query, key, value, key_value_seq_lengths=key_lengths, implementation="cudnn"
     )
     return checkpoint_name(result, "attention")
+
+
+def check_implementation(implementation: str, dtype: jnp.dtype | str) -> None:
+    """Raises ValueError for an implementation that is none, or not for this dtype or the devices to compute on."""
+    if implementation not in ("xla", *PLATFORMS):
+        raise ValueError(
+            f"attention implementation {implementation!r} is not one of: {', '.join(('xla', *PLATFORMS))}"
+        )
+    if implementation == "xla":
+        return
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if platform not in PLATFORMS[implementation]:
+        needed = PLATFORMS[implementation][0]
+        raise ValueError(f"{implementation} attention runs on {needed}, not on {platform}; xla runs anywhere")
+    if implementation == "cudnn" and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"cudnn attention computes in bfloat16 or float16, not in {dtype}")
 
 
 def xla_attention(
