@@ -24,17 +24,15 @@ from zipir_jax.models.tiling import Tiling
 MARGIN = FACTOR  # pixels; the outermost ones, where convolutions meet their padding of zeros, show a frame
 # Tokens; text is padded to a multiple of them, so that another prompt needs no other program.
 TEXT_BLOCK = 128
-CPU_SHARE = (
-    0.5  # of the free memory that restoring takes unless told otherwise: a laptop has other things to do
-)
+# Of the free memory that restoring takes unless told otherwise: a laptop has other things to do.
+CPU_SHARE = 0.5
 CGROUP = Path("/sys/fs/cgroup")  # of Linux: the memory that a container may use
 # Measured on XLA's accounts: arrays of all tokens that are alive at once in a block, on a CPU and on a GPU (9.5 to 12
 # for an A100 and an H100), and arrays of the logits of a block of queries.
 LIVE_TOKENS_CPU, LIVE_TOKENS = 8, 12.5
 LIVE_LOGITS = 2
-HOST_IMAGES = (
-    4  # float32 copies of the picture that a restoration has in a CPU's memory: enlarged, padded, restored
-)
+# float32 copies of the picture that a restoration has in a CPU's memory: enlarged, padded, restored.
+HOST_IMAGES = 4
 GIB = 2**30
 
 
