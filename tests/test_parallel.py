@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -117,17 +118,16 @@ def test_large_parameters_that_do_not_divide_are_an_error():
 # --------------------------------------------------------------------------------------------------
 
 
-def test_zero_stands_for_the_devices_that_are_left(monkeypatch):
+def test_zero_stands_for_the_devices_that_are_left():
     assert dict(parallel.make_mesh(MeshConfig()).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
     assert dict(parallel.make_mesh(MeshConfig(data=1, fsdp=0)).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
     with pytest.raises(ValueError, match="data 2 x fsdp any x tensor 1 does not make up 1 devices"):
         parallel.make_mesh(MeshConfig(data=2, fsdp=0))
-    monkeypatch.setattr(jax, "device_count", lambda: 8)
-    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    devices = [types.SimpleNamespace(process_index=i // 2) for i in range(8)]
     with pytest.raises(ValueError, match="data any x fsdp 3 x tensor 1 does not make up 8 devices"):
-        parallel.make_mesh(MeshConfig(fsdp=3))
+        parallel.make_mesh(MeshConfig(fsdp=3), devices)
     with pytest.raises(ValueError, match=r"mesh\.tensor 4 does not divide the 2 devices of a process"):
-        parallel.make_mesh(MeshConfig(tensor=4))
+        parallel.make_mesh(MeshConfig(tensor=4), devices)
 
 
 # --------------------------------------------------------------------------------------------------

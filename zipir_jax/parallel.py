@@ -77,7 +77,7 @@ def start() -> None:
         jax.distributed.initialize()
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """The mesh of `devices`, by default of all. Raises ValueError, with the numbers, if they do not make one."""
     devices = devices or jax.devices()
     count, local = len(devices), sum(d.process_index == devices[0].process_index for d in devices)
