@@ -125,7 +125,8 @@ def train(config: TrainConfig, resume: str = "") -> Path:
     if config.sample_every and first < config.steps:
         preview_batch = parallel.put(preview_images(config, source, text), parallel.replicated(mesh))
         preview = jax.jit(functools.partial(stage.preview, config), out_shardings=parallel.replicated(mesh))
-        preview = preview.lower(abstract["ema"], read_only, preview_batch, keys[1]).compile()
+        with jax.set_mesh(mesh):  # which a TPU's attention is divided over
+            preview = preview.lower(abstract["ema"], read_only, preview_batch, keys[1]).compile()
 
     # -- loop --------------------------------------------------------------------------------------
     saved_at, asked = time.monotonic(), False
