@@ -56,6 +56,26 @@ def test_the_dit_needs_less_memory_for_the_same_gradients(random_params):
     assert_same_gradients(programs, params)
 
 
+def test_a_kernel_of_attention_does_not_run_again(monkeypatch, random_params):
+    """With remat "attention"; with "full" it does. Traced only: the kernel is a TPU's."""
+    monkeypatch.setattr("zipir_jax.models.attention.check_implementation", lambda *_: None)
+    config = DiTConfig(layers=2, width=128, heads=2, text_width=0, attention="splash")
+    params = random_params(DiT, config)
+    latent = jnp.ones((1, 8, 8, 64))
+
+    def kernels(remat):
+        def loss(params):
+            dit = bind(DiT, dataclasses.replace(config, remat=remat), params)
+            return dit(latent, jnp.array([3]), latent).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("= pallas_call[")
+
+    assert (
+        kernels("none") == kernels("attention") == 3
+    )  # forward, and one each for queries and for keys and values
+    assert kernels("full") == 4
+
+
 @pytest.mark.parametrize(
     ("network", "read"), [(Encoder, (1, 64, 64, 3)), (Decoder, (1, 32, 32, 12))], ids=["encoder", "decoder"]
 )

@@ -35,7 +35,8 @@ def attention(
 
     `implementation` is "xla" (any device and dtype), "cudnn" (NVIDIA, bfloat16 or float16) or "splash" (TPU).
     `key_lengths` counts the valid keys of each batch item, at least one; the rest are padding. Raises ValueError for
-    another name, and for a kernel on devices, those of the mesh in effect or else jax's, or dtypes that it is not for.
+    another name, and for a kernel on devices, those of the mesh in effect or else of jax's default backend, or dtypes
+    that it is not for.
     What the backward pass reads of the result is named "attention", for policies of `jax.checkpoint`.
     """
     check_implementation(implementation, query.dtype)
@@ -77,13 +78,13 @@ def xla_attention(
         jax.nn.dot_product_attention, key_value_seq_lengths=key_lengths, implementation="xla"
     )
     batch, queries, heads, _ = query.shape
-    row = (
-        -(-batch // mesh_parts("batch")) * -(-heads // mesh_parts("heads")) * key.shape[1] * 4
-    )  # bytes of a query's logits
+    # Bytes of a query's logits on a device.
+    row = 4 * -(-batch // mesh_parts("batch")) * -(-heads // mesh_parts("heads")) * key.shape[1]
     blocks = -(-queries // max(1, LARGEST_LOGITS // row))
     if blocks == 1:
         return attend(query, key, value)
     size = -(-queries // blocks)
+    blocks = -(-queries // size)
     padded = jnp.pad(query, ((0, 0), (0, blocks * size - queries), (0, 0), (0, 0)))
     # A block's probabilities are computed anew in the backward pass, where all blocks' would be as large as before.
     attend = jax.checkpoint(attend, prevent_cse=False)

@@ -22,10 +22,15 @@ from zipir_jax.parallel import constrain
 ROTARY_BASE = 10_000.0  # longest wavelength of a rotary frequency, in tokens / (2 pi) (Su et al. 2021)
 FREQUENCY_EMBEDDING = 256  # channels of the sinusoidal timestep embedding (Peebles & Xie 2023)
 CLEAN = 0  # timestep of static LQ tokens: like clean latents, they hold no noise
+# The kernels of attention: "cudnn" and "splash". Their backward passes read more than the result, which the name alone
+# would not keep.
+KERNELS = ("dot_product_attention_fwd_wrapper", "pallas_call")
 REMAT = {  # what is kept of a block for the backward pass, beside its input; all else is computed anew
-    "attention": jax.checkpoint_policies.save_only_these_names(
-        "attention"
-    ),  # dearest to compute where tokens are many
+    # Of the attention, dearest to compute where tokens are many.
+    "attention": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names("attention"),
+        lambda primitive, *_, **__: primitive.name in KERNELS,
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -240,12 +245,10 @@ class DiT(nnx.Module):
         x, angles = self._sequence(noisy, lq_tokens)
 
         def body(carry, params):
-            (x, lq), block, read = carry, nnx.merge(graphdef, params), {}
-            if self.is_static:
-                lq, read["lq"] = block.read_lq(constrain(lq, "batch", None, None), clean, lq_angles)
-            if text is not None:
-                read |= {"text": block.read_text(text), "text_lengths": text_lengths}
-            return (block(constrain(x, "batch", None, None), conditioning, angles, **read), lq), None
+            (x, lq), block = carry, nnx.merge(graphdef, params)
+            lq, read = self._read_layer(block, lq, text, clean, lq_angles)
+            x = constrain(x, "batch", None, None)
+            return (block(x, conditioning, angles, **read, text_lengths=text_lengths), lq), None
 
         if self.config.remat != "none":
             # A scanned body is its own barrier against common subexpressions.
@@ -270,12 +273,7 @@ class DiT(nnx.Module):
         clean, lq_angles = self._conditioning(jnp.array([CLEAN])), self._angles(lq)
 
         def body(lq, params):
-            block, read = nnx.merge(graphdef, params), {}
-            if self.is_static:
-                lq, read["lq"] = block.read_lq(constrain(lq, "batch", None, None), clean, lq_angles)
-            if text is not None:
-                read["text"] = block.read_text(text)
-            return lq, read
+            return self._read_layer(nnx.merge(graphdef, params), lq, text, clean, lq_angles)
 
         lq_tokens = self._tokens(self.embed_lq, lq)
         _, condition = jax.lax.scan(body, lq_tokens, stacked)
@@ -313,6 +311,15 @@ class DiT(nnx.Module):
     @property
     def is_static(self) -> bool:
         return self.config.lq_attention == "static"
+
+    def _read_layer(self, block, lq, text, clean, lq_angles):
+        """The LQ tokens after a block, and the keys and values of what it reads beside its own tokens."""
+        read = {}
+        if self.is_static:
+            lq, read["lq"] = block.read_lq(constrain(lq, "batch", None, None), clean, lq_angles)
+        if text is not None:
+            read["text"] = block.read_text(text)
+        return lq, read
 
     def _check(self, lq, text):
         if (text is not None) != bool(self.config.text_width):
