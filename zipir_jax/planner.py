@@ -24,8 +24,9 @@ from zipir_jax.models.tiling import Tiling
 MARGIN = FACTOR  # pixels; the outermost ones, where convolutions meet their padding of zeros, show a frame
 # Tokens; text is padded to a multiple of them, so that another prompt needs no other program.
 TEXT_BLOCK = 128
-# Of the free memory that restoring takes unless told otherwise: a laptop has other things to do.
-CPU_SHARE = 0.5
+# Of the free memory that restoring takes unless told otherwise: a laptop has other things to do, and a GPU's memory is
+# needed for what convolutions try out and for gaps between arrays.
+CPU_SHARE, SHARE = 0.5, 0.9
 CGROUP = Path("/sys/fs/cgroup")  # of Linux: the memory that a container may use
 # Measured on XLA's accounts: arrays of all tokens that are alive at once in a block, on a CPU and on a GPU (9.5 to 12
 # for an A100 and an H100), and arrays of the logits of a block of queries.
@@ -52,18 +53,21 @@ class Plan:
         """What a person reads: a line for the picture, one for each phase."""
         latent = self.height * self.width // FACTOR**2
         how = {"encode": _how(self.encode), "denoise": f"{latent} latent pixels", "decode": _how(self.decode)}
-        first = f"{self.width} x {self.height} pixels with margins, {self.pictures} at once, {_gib(self.available)}"
-        return [f"{first} to use"] + [f"  {p}: {_gib(need)}, {how[p]}" for p, need in self.needs.items()]
+        first = f"{self.width} x {self.height} pixels with margins, {self.pictures} at once, "
+        phases = [f"  {phase}: {_gib(need)}, {how[phase]}" for phase, need in self.needs.items()]
+        return [f"{first}{_gib(self.available, math.floor)} to use", *phases]
+            f"  {p}: {_gib(need)}, {how[p]}" for p, need in self.needs.items()
+        ]
 
 
 def _how(tiling):
     if tiling is None:
         return "whole"
-    return f"in tiles of {tiling.width} x {tiling.height} pixels above 1/{tiling.cell} of the resolution"
+    return f"in tiles of {tiling.width} x {tiling.height} pixels, whole from 1/{tiling.cell} of the resolution down"
 
 
-def _gib(count):
-    return f"{count / GIB:.2f} GiB"
+def _gib(count, rounded=math.ceil):
+    return f"{rounded(100 * count / GIB) / 100:.2f} GiB"
 
 
 def padded_size(config: ModelConfig, height: int, width: int) -> tuple[int, int]:
@@ -73,15 +77,19 @@ def padded_size(config: ModelConfig, height: int, width: int) -> tuple[int, int]
 
 
 def available_memory() -> int:
-    """Bytes that may be spent on the device that jax computes on: all that is free, on a CPU CPU_SHARE of it."""
+    """Bytes that may be spent on the device that jax computes on: SHARE of what is free, on a CPU CPU_SHARE of it."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
+        return int(SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
     free = psutil.virtual_memory().available
     try:
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, limit - used)
-    except (OSError, ValueError):  # not on Linux, not in a container, or one without a limit
+        details = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used -= int(
+            details["inactive_file"]
+        )  # pages of files that were read, which are given up when memory is short
+        free = min(free, max(0, limit - used))
+    except (OSError, ValueError, KeyError):  # not on Linux, not in a container, or one without a limit
         pass
     return int(CPU_SHARE * free)
 
@@ -94,16 +102,19 @@ def make_plan(
     available: int,
     pictures: int = 1,
     branches: int = 1,
+    text_tokens: int = TEXT_BLOCK,
     platform: str | None = None,
 ) -> Plan:
     """How to restore pictures of (height, width) pixels, without margins, in `available` bytes.
 
     As many pictures at once as fit whole; where not even one does, one at a time with the LP-VAE in tiles. branches of
-    the guidance, each with a text; 0: no diffusion. platform: as jax names that of the device; None: of its default
-    one. Raises ValueError with what is needed, what there is, and the largest size of this shape that fits.
+    the guidance, each with a text of `text_tokens`; 0: no diffusion. platform: as jax names that of the device; None:
+    of its default one. Raises ValueError with what is needed, what there is, and the largest size of this shape that
+    fits.
     """
     platform = platform or jax.default_backend()
-    plan = _plan(config, *padded_size(config, height, width), available, pictures, branches, platform)
+    asked = branches, text_tokens, platform
+    plan = _plan(config, *padded_size(config, height, width), available, pictures, *asked)
     phase, need = max(plan.needs.items(), key=lambda item: item[1])
     if need <= available:
         return plan
@@ -112,30 +123,32 @@ def make_plan(
         return tuple(round(side * longest / max(height, width)) or 1 for side in (height, width))
 
     def too_large(longest):
-        smaller = _plan(config, *padded_size(config, *shape(longest)), available, 1, branches, platform)
+        smaller = _plan(config, *padded_size(config, *shape(longest)), available, 1, *asked)
         return max(smaller.needs.values()) > available
 
     longest = bisect.bisect_left(range(max(height, width)), True, lo=1, key=too_large) - 1
-    there = f"{width} x {height} pixels need {_gib(need)} to {phase}, beside the weights, and {_gib(available)} are "
-    there += "free"
+    there = f"{width} x {height} pixels need {_gib(need)} to {phase}, beside the weights, and "
+    there += f"{_gib(available, math.floor)} are free"
     if not longest:
         raise ValueError(f"{there}; that is too little for any picture")
     height, width = shape(longest)
     raise ValueError(f"{there}; the largest of this shape that fits is {width} x {height}")
 
 
-def _plan(config, height, width, available, pictures, branches, platform):
+def _plan(config, height, width, available, pictures, *asked):
     """The plan that fits or, if none does, the one that needs least."""
     for count in range(pictures, 0, -1):
-        needs = needed_bytes(config, height, width, None, None, count, branches, platform)
+        needs = needed_bytes(config, height, width, None, None, count, *asked)
         if max(needs.values()) <= available:
+            count = math.ceil(pictures / math.ceil(pictures / count))  # parts of one size
             return Plan(height, width, count, None, None, needs, available)
+    platform = asked[-1]
     budget = available - image_bytes(height, width, platform)
     encode, decode = (
         choose_tiling(cost, config.lp_vae, height, width, budget, platform)
         for cost in (encode_cost, pixel_decode_cost)
     )
-    needs = needed_bytes(config, height, width, encode, decode, 1, branches, platform)
+    needs = needed_bytes(config, height, width, encode, decode, 1, *asked)
     return Plan(height, width, 1, encode, decode, needs, available)
 
 
@@ -147,17 +160,22 @@ def needed_bytes(
     decode: Tiling | None,
     pictures: int,
     branches: int,
+    text_tokens: int,
     platform: str,
 ) -> dict[str, int]:
     """Bytes of each phase beside the weights; sides of what the networks see, pixels; other arguments as of a plan."""
-    vae, images = config.lp_vae, image_bytes(height, width, platform)
-    latent = height // FACTOR, width // FACTOR
-    needs = {
-        "encode": images + resident_bytes(encode_cost(vae, height, width, encode, platform), platform),
-        "denoise": denoise_bytes(config.dit, *latent, branches, platform),
-        "decode": images + resident_bytes(pixel_decode_cost(vae, height, width, decode, platform), platform),
+    vae, images = config.lp_vae, pictures * image_bytes(height, width, platform)
+    vae_bytes = {
+        phase: images + pictures * resident_bytes(cost(vae, height, width, tiling, platform), platform)
+        for phase, cost, tiling in (("encode", encode_cost, encode), ("decode", pixel_decode_cost, decode))
     }
-    return {phase: pictures * need for phase, need in needs.items() if branches or phase != "denoise"}
+    if not branches:
+        return vae_bytes
+    latent = height // FACTOR, width // FACTOR
+    denoise = denoise_bytes(config.dit, *latent, pictures, branches, text_tokens, platform)
+    if platform == "cpu":  # the pictures wait in the same memory
+        denoise += images
+    return {"encode": vae_bytes["encode"], "denoise": denoise, "decode": vae_bytes["decode"]}
 
 
 def image_bytes(height: int, width: int, platform: str) -> int:
@@ -165,20 +183,31 @@ def image_bytes(height: int, width: int, platform: str) -> int:
     return 3 * 4 * height * width * (HOST_IMAGES if platform == "cpu" else 1)
 
 
-def denoise_bytes(config: DiTConfig, height: int, width: int, branches: int, platform: str) -> int:
-    """Of denoising one picture, beside the weights; sides of the latent."""
+def denoise_bytes(
+    config: DiTConfig,
+    height: int,
+    width: int,
+    pictures: int,
+    branches: int,
+    text_tokens: int,
+    platform: str,
+) -> int:
+    """Of denoising, beside the weights; sides of the latent, other arguments as of a plan."""
     noisy = height * width // config.patch**2
     static = config.lq_attention == "static"
-    moving = branches * noisy * (1 if static else 2)  # tokens that the blocks change
-    value = (
-        4 if platform == "cpu" else jnp.dtype(config.compute_dtype).itemsize
-    )  # CPUs have no bfloat16 of their own
+    moving = pictures * branches * noisy * (1 if static else 2)  # tokens that the blocks change
+    # CPUs have no bfloat16 of their own.
+    value = 4 if platform == "cpu" else jnp.dtype(config.compute_dtype).itemsize
     live = LIVE_TOKENS_CPU if platform == "cpu" else LIVE_TOKENS
     tokens = int(live * moving * config.width * value)
     logits = 0
     if config.attention == "xla":
         logits = LIVE_LOGITS * min(LARGEST_LOGITS, 4 * config.heads * moving * 2 * noisy)
     layer = count_params(abstract_params(Block, config)) * value  # which a scan copies out of the stack
-    text = 2 * config.layers * branches * TEXT_BLOCK * config.width * value if config.text_width else 0
-    lq = 2 * config.layers * noisy * config.width * value if static else 0
+    text = lq = 0
+    if config.text_width:
+        keys_values = 2 * config.layers * config.width * value
+        text = pictures * branches * text_tokens * (keys_values + 4 * config.text_width)
+    if static:
+        lq = pictures * 2 * config.layers * noisy * config.width * value
     return tokens + logits + layer + text + lq

@@ -114,7 +114,7 @@ class Restorer:
         factor on both sides, or `size`, (height, width) in pixels. Each picture of a batch starts from the noise that
         it would have alone. denoise=False skips the diffusion and decodes the degraded image's latent as it is.
         text, negative_text: embeddings for models trained with text. memory: bytes that the device may spend beside
-        the weights; None: as `available_memory` says. What does not fit whole runs in tiles, with the same result, and
+        the weights; None: `self.memory`. What does not fit whole runs in tiles, with the same result, and
         a batch in parts. `progress` is told each of the PHASES before it starts, for each part anew.
 
         Raises ValueError for a wrong shape, dtype, scale or size, for text or sampling that does not suit the model,
@@ -129,12 +129,16 @@ class Restorer:
         check_seed(seed)
         keys = jnp.broadcast_to(jax.random.key(seed), (len(batch),))
         branches = 0 if not denoise else 1 if negative_text is None or sampling.guidance == 1 else 2
-        plan = self.plan(image.shape, scale=scale, size=size, branches=branches, memory=memory)
+        text_tokens = texts[0]["text"].shape[1] if texts[0] else 0
+        plan = self.plan(
+            image.shape, scale=scale, size=size, branches=branches, text_tokens=text_tokens, memory=memory
+        )
         try:
             restored = np.empty((len(batch), height, width, 3), batch.dtype)
             for start in range(0, len(batch), plan.pictures):
-                part = slice(start, start + plan.pictures)
-                pictures = [to_float(picture) if is_bytes else picture for picture in batch[part]]
+                # The last part is filled up with its last picture: parts of another size would be other programs.
+                part = np.minimum(np.arange(start, start + plan.pictures), len(batch) - 1)
+                pictures = [to_float(batch[i]) if is_bytes else batch[i] for i in part]
                 of_part = [text and jax.tree.map(lambda x, part=part: x[part], text) for text in texts]
                 pictures = self._restore_part(
                     pictures,
@@ -146,15 +150,22 @@ class Restorer:
                     of_part,
                     progress,
                 )
-                restored[part] = to_uint8(pictures) if is_bytes else pictures
+                pictures = pictures[: len(batch) - start]
+                restored[start : start + len(pictures)] = to_uint8(pictures) if is_bytes else pictures
             return restored[0] if image.ndim == 3 else restored
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             # jax has one class for all that fails on a device; its text begins with the kind.
             if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise ValueError(
-                f"{width} x {height} pixels need more memory than there is; choose a smaller scale or size"
+                f"{width} x {height} pixels need more memory than there is; choose a smaller scale or size, or "
+                "give less memory to plan with, for smaller tiles"
             ) from error
+
+    @functools.cached_property
+    def memory(self) -> int:
+        """Bytes to plan with unless told otherwise: found once, so that pictures of one size are restored alike."""
+        return available_memory()
 
     def plan(
         self,
@@ -163,21 +174,23 @@ class Restorer:
         scale: float | int | None = None,
         size: tuple[int, int] | None = None,
         branches: int = 1,
+        text_tokens: int = TEXT_BLOCK,
         memory: int | None = None,
     ) -> Plan:
         """How `restore` would make a picture, or a batch, of this shape; arguments as there.
 
-        branches of the guidance: 2 with a negative text; 0: no diffusion. Raises ValueError, with the numbers and the
-        largest size that fits, for what does not fit into the memory.
+        branches of the guidance: 2 with a negative text; 0: no diffusion. text_tokens: of the longer text. Raises
+        ValueError, with the numbers and the largest size that fits, for what does not fit into the memory.
         """
         height, width = target_size(shape[-3:-1], scale, size)
         return make_plan(
             self.config,
             height,
             width,
-            available=available_memory() if memory is None else memory,
+            available=self.memory if memory is None else memory,
             pictures=shape[0] if len(shape) == 4 else 1,
             branches=branches,
+            text_tokens=text_tokens,
         )
 
     def _restore_part(self, pictures, plan, height, width, keys, sampling, texts, progress):

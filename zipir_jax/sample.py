@@ -47,7 +47,8 @@ def restore_files(
         weights: folder of weights
         attention: implementation: xla runs anywhere, cudnn on NVIDIA's GPUs, splash on TPUs; not given: the one that
             the weights were trained with
-        seed: of the noise that the sampler starts from; the same seed gives the same bytes
+        seed: of the noise that the sampler starts from; the same seed gives the same picture, and with the same
+            memory_gib the same bytes
         overwrite: replace output files that exist
         memory_gib: memory of the device to spend beside the weights; what does not fit whole runs in tiles, with the
             same result. Not given: all that is free, on a CPU half of it
