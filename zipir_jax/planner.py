@@ -56,8 +56,6 @@ class Plan:
         first = f"{self.width} x {self.height} pixels with margins, {self.pictures} at once, "
         phases = [f"  {phase}: {_gib(need)}, {how[phase]}" for phase, need in self.needs.items()]
         return [f"{first}{_gib(self.available, math.floor)} to use", *phases]
-            f"  {p}: {_gib(need)}, {how[p]}" for p, need in self.needs.items()
-        ]
 
 
 def _how(tiling):
