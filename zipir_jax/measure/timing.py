@@ -58,12 +58,13 @@ def cheap_weights(config: ModelConfig) -> dict:
 def in_own_process(function: Callable[..., dict], *arguments) -> dict:
     """What the function returns, called in a process of its own: its memory is free again afterwards.
 
-    Where it fails on the device or is killed, as for want of memory, {"error": one line}.
+    Where it fails on the device, is killed or refuses, as for want of memory, {"error": one line}.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(function, *arguments).result()
-        except (RuntimeError, MemoryError) as error:  # torch's, jax's and the pool's errors are RuntimeErrors
+        # torch's, jax's and the pool's errors are RuntimeErrors, the planner's are ValueErrors
+        except (RuntimeError, MemoryError, ValueError) as error:
             return {"error": str(error).partition("\n")[0] or type(error).__name__}
 
 

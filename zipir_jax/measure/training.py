@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from zipir_jax import parallel
-from zipir_jax.config import TrainConfig
+from zipir_jax.config import DataConfig, TrainConfig
 from zipir_jax.data.pipeline import batch_shapes
 from zipir_jax.measure.programs import square_crops, training_arguments, training_program
 from zipir_jax.measure.report import table
@@ -88,8 +88,8 @@ def _random(tree):
 
 
 def _noise(shape, dtype):
-    if jnp.issubdtype(dtype, jnp.integer):
-        return jnp.zeros(shape, dtype)
+    if jnp.issubdtype(dtype, jnp.integer):  # lengths of texts
+        return jnp.full(shape, DataConfig.text_tokens, dtype)
     return jax.random.uniform(jax.random.key(0), shape, dtype, -1, 1)
 
 
