@@ -91,9 +91,8 @@ def call(monkeypatch, capsys):
     return call
 
 
-@pytest.fixture(scope="session")
-def random_params():
-    """`random_params(module_class, config, seed=0)`: parameters of which none is zero, so that every layer acts.
+def random_params(module_class, config, seed=0):
+    """Parameters of which none is zero, so that every layer acts.
 
     Drawn by numpy: compiling `init_params` takes longer than most tests.
     """
@@ -102,18 +101,21 @@ def random_params():
 
     from zipir_jax.models.layers import abstract_params
 
-    def draw(module_class, config, seed=0):
-        generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
 
-        def leaf(path, abstract):
-            if path[-1].key == "scale":  # of a norm
-                return generator.uniform(0.5, 1.5, abstract.shape).astype(np.float32)
-            deviation = 0.1 if path[-1].key == "bias" else 1 / np.sqrt(np.prod(abstract.shape[:-1]))
-            return generator.normal(0, deviation, abstract.shape).astype(np.float32)
+    def leaf(path, abstract):
+        if path[-1].key == "scale":  # of a norm
+            return generator.uniform(0.5, 1.5, abstract.shape).astype(np.float32)
+        deviation = 0.1 if path[-1].key == "bias" else 1 / np.sqrt(np.prod(abstract.shape[:-1]))
+        return generator.normal(0, deviation, abstract.shape).astype(np.float32)
 
-        return jax.tree_util.tree_map_with_path(leaf, abstract_params(module_class, config))
+    return jax.tree_util.tree_map_with_path(leaf, abstract_params(module_class, config))
 
-    return draw
+
+@pytest.fixture(name="random_params", scope="session")
+def give_random_params():
+    """`random_params(module_class, config, seed=0)`, as above."""
+    return random_params
 
 
 @pytest.fixture(scope="module")

@@ -134,6 +134,25 @@ def test_splash_equals_xla_to_the_rounding_of_bfloat16(head_dim, queries, keys, 
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.01 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("queries", "keys", "lengths"), [(131, 131, None), (301, 77, (77, 9))])
+def test_cudnn_equals_xla_to_the_rounding_of_bfloat16(head_dim, queries, keys, lengths):
+    """Image tokens of an odd number; text of two lengths."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU")
+    shapes = (2, queries, 2, head_dim), (2, keys, 2, head_dim), (2, keys, 2, head_dim)
+    arrays = normal(*shapes, dtype=jnp.bfloat16)
+    lengths = None if lengths is None else jnp.array(lengths)
+    cudnn = functools.partial(attention, implementation="cudnn", key_lengths=lengths)
+    results = jax.jit(functools.partial(values_and_gradients, cudnn))(*arrays)
+    with jax.default_matmul_precision("float32"):  # by default a GPU multiplies fewer digits
+        exact = values_and_gradients(
+            functools.partial(xla_attention, key_lengths=lengths), *(x.astype(jnp.float32) for x in arrays)
+        )
+    for a, b in zip(results, exact, strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.01 * np.abs(b).max())
+
+
 def test_splash_is_exact_where_its_dtype_is():
     arrays = normal((1, 640, 1, 64), (1, 520, 1, 64), (1, 520, 1, 64))  # padded to two blocks of 384 each
     lengths = jnp.array([515])

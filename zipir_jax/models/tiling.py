@@ -139,7 +139,9 @@ def map_tiles(
 
     cells: rows and columns of the image; the sides of all arrays, and of the result, are whole multiples of them.
     tile: rows and columns of a tile, in cells. halo: cells at an edge of a window that are wrong in its result.
-    All windows have one size, so the function is compiled once; the last tiles overlap those before.
+    All windows have one size, so the function is compiled once; the last tiles overlap those before. Along a side with
+    several tiles the windows' positions are not known to the compiler, so that an array divided along that side over
+    devices is gathered: height divided over devices wants one tile along it.
     """
     sides = [window_cells(*side, halo) for side in zip(cells, tile, strict=True)]
     counts, tile, window = zip(*sides, strict=True)
