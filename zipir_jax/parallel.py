@@ -44,7 +44,7 @@ MESH_AXES = {
 
 IMAGES = ("image", "lq")  # the arrays of a batch whose second axis is the height of images
 # Rows of an image that a device gets at least, two of the latent: with less, XLA's partitioner (jax 0.10.2) gets the
-# gradients of strided convolutions wrong.
+# gradients of strided convolutions wrong, and within a loop their values, too.
 SMALLEST_ROWS = 64
 LARGEST_UNMATCHED = 1_000_000  # elements of a parameter that may stay whole although no rule says so
 
