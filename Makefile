@@ -26,8 +26,11 @@ test: .venv/.installed test-compile
 	.venv/bin/lint-imports
 	.venv/bin/python -m pytest
 
+# libtpu is there for Linux on x86-64 alone.
+ifeq ($(shell uname -sm),Linux x86_64)
 test-compile: .venv-compile/.installed
 	.venv-compile/bin/python -m pytest tests/measure/test_compile.py
+endif
 
 TINY_STAGES = lpvae_coarse lpvae_fine_512 lpvae_fine_1k dit_3b dit_0p68b pixel_decoder
 

@@ -100,17 +100,18 @@ def latency(
     import jax
 
     from zipir_jax.measure import latency as measure
-    from zipir_jax.measure.report import finish
+    from zipir_jax.measure.report import finish, table
 
     model, settings, sizes = _asked(model, settings, sizes, (1024, 2048), output)
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is measured, too
-    rows, rate = measure.latency(MODELS[model], settings, sizes, repeats)
-    print(
-        f"{model}, {MODELS[model].dit.compute_dtype}; products of large matrices: {rate / 1e12:.4g} TFLOP/s\n"
-    )
-    print(measure.phases_table(rows))
+    rows = []
+    print(f"{model}, {MODELS[model].dit.compute_dtype}\n\n{table([], measure.PHASE_COLUMNS)}")
+    for row in measure.latency(MODELS[model], settings, sizes, repeats):
+        rows.append(row)
+        print(measure.phases_line(row), flush=True)
+    print(f"\nProducts of large matrices: {rows[0]['matmul_flops_per_second'] / 1e12:.4g} TFLOP/s")
     print(f"\nTable 3 of the paper:\n\n{measure.papers_table(rows, model)}")
-    finish(output, {"model": model, "matmul_flops_per_second": rate, "rows": rows})
+    finish(output, {"model": model, "rows": rows})
 
 
 def train(
@@ -137,9 +138,11 @@ def train(
 
     from zipir_jax.measure import training as measure
     from zipir_jax.measure.report import finish
+    from zipir_jax.measure.timing import in_own_process
 
     if output is not None:
         check_writable(output.parent)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # in this process, which only waits
     asked = load_config(config)
     dit = asked.model.dit
     attention = attention or ("xla" if jax.default_backend() == "cpu" else dit.attention)
@@ -149,7 +152,10 @@ def train(
         data=dataclasses.replace(asked.data, batch_size=batch_size or asked.data.batch_size),
         accumulate=accumulate or asked.accumulate,
     )
-    rows = [measure.training_seconds(asked, side, repeats) for side in sides]
+    for side in sides:
+        measure.check_training(asked, side, repeats)
+    # Each size in a process of its own: what one needed does not count for the next.
+    rows = [{"side": side} | in_own_process(measure.training_seconds, asked, side, repeats) for side in sides]
     print(measure.training_table(rows))
     finish(output, {"config": str(config), "attention": attention, "rows": rows})
 

@@ -37,6 +37,10 @@ HOST_IMAGES = 4
 GIB = 2**30
 
 
+class TooLargeError(ValueError):
+    """A picture does not fit into the memory, in no tiles."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How pictures of one size are restored."""
@@ -107,7 +111,7 @@ def make_plan(
 
     As many pictures at once as fit whole; where not even one does, one at a time with the LP-VAE in tiles. branches of
     the guidance, each with a text of `text_tokens`; 0: no diffusion. platform: as jax names that of the device; None:
-    of its default one. Raises ValueError with what is needed, what there is, and the largest size of this shape that
+    of its default one. Raises TooLargeError with what is needed, what there is, and the largest size of this shape that
     fits.
     """
     platform = platform or jax.default_backend()
@@ -128,9 +132,9 @@ def make_plan(
     there = f"{width} x {height} pixels need {_gib(need)} to {phase}, beside the weights, and "
     there += f"{_gib(available, math.floor)} are free"
     if not longest:
-        raise ValueError(f"{there}; that is too little for any picture")
+        raise TooLargeError(f"{there}; that is too little for any picture")
     height, width = shape(longest)
-    raise ValueError(f"{there}; the largest of this shape that fits is {width} x {height}")
+    raise TooLargeError(f"{there}; the largest of this shape that fits is {width} x {height}")
 
 
 def _plan(config, height, width, available, pictures, *asked):

@@ -71,7 +71,7 @@ def test_only_known_hardware_is_compiled_for(monkeypatch):
     with pytest.raises(ValueError, match="hardware 'v2-8' is not one of: 8xa100, "):
         check_hardware(("v2-8",))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for name, module in (("v5e-64", "libtpu"), ("a100", "jax_cuda12_plugin")):
+    for name, module in (("v5e-64", "libtpu"), ("a100", "jax_cuda12_plugin or jax_cuda13_plugin")):
         with pytest.raises(ValueError, match=f"to compile for {name} needs {module}: pip install"):
             check_hardware((name,))
 

@@ -30,7 +30,7 @@ def test_a_size_and_a_setting_are_a_row_whose_phases_make_up_the_image(call, tmp
         assert row["evaluations"] == row["steps"] == SETTINGS[setting]["steps"]
         dit = dataclasses.replace(MODELS["tiny"].dit, lq_attention=SETTINGS[setting]["lq_attention"])
         assert row["step_flops"] == dit_step_flops(dit, side // 32 + 2, side // 32 + 2)
-        rate = report["matmul_flops_per_second"]
+        rate = row["matmul_flops_per_second"]
         assert row["utilisation"] == pytest.approx(row["step_flops"] / row["step"] / rate)
     assert "| ZipIR (A100-80G) | 25 | 250 | 6.92 | 3.1 |" in out
 
@@ -39,10 +39,26 @@ def test_a_guided_step_evaluates_both_branches():
     dit = dataclasses.replace(MODELS["tiny"].dit, text_width=16, layers=1)
     config = dataclasses.replace(MODELS["tiny"], dit=dit)
     assert settings_of(config) == tuple(SETTINGS)
-    rows, _ = latency(config, ("fast", "fast, guided"), (64,), 1)
-    plain, guided = rows
+    plain, guided = latency(config, ("fast", "fast, guided"), (64,), 1)
     assert guided["evaluations"] == 2 * plain["evaluations"] == 2 * plain["steps"]
     assert guided["step_flops"] == 2 * plain["step_flops"]
+
+
+def test_a_size_that_fails_does_not_lose_the_others(monkeypatch, call, tmp_path):
+    output = tmp_path / "latency.json"
+
+    def restore_seconds(config, weights, setting, side, repeats):
+        if side == 96:
+            raise ValueError("96 x 96 pixels need 9 GiB")
+        return dict.fromkeys(("image", "encode", "denoise", "decode", "compile"), 1.0)
+
+    monkeypatch.setattr(latency_module, "restore_seconds", restore_seconds)
+    monkeypatch.setattr(latency_module, "step_seconds", lambda *_: {"step": 1.0, "step_flops": 1.0})
+    options = "--model", "tiny", "--settings", "fast", "--sizes", 96, 64, "--output", output
+    status, out, _ = call(benchmark.main, "latency", *options)
+    assert status == 0
+    assert "96 x 96 pixels, fast, did not run: 96 x 96 pixels need 9 GiB" in out
+    assert [row.get("error") for row in json.loads(output.read_text())["rows"]][1] is None
 
 
 @pytest.mark.parametrize(
@@ -52,10 +68,11 @@ def test_a_guided_step_evaluates_both_branches():
         (("--model", "tiny", "--settings", "slow"), "setting 'slow' is not one of: paper, "),
         (("--model", "tiny", "--settings", "fast, guided"), "setting 'fast, guided' needs a model with text"),
         (("--model", "tiny", "--repeats", 0), "repeats 0 is below 1"),
+        (("--model", "tiny", "--sizes", 4), "size 4 is below 32"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(call, options, message):
-    status, _, err = call(benchmark.main, "latency", "--sizes", 64, *options)
+    status, _, err = call(benchmark.main, "latency", *options)
     assert status == 2
     assert message in err
 
@@ -64,3 +81,9 @@ def test_the_setting_and_the_device_choose_the_attention():
     static = with_setting(MODELS["small"], "fast").dit
     assert (static.lq_attention, static.attention) == ("static", "xla")
     assert with_setting(MODELS["small"], "paper").dit.lq_attention == "joint"
+
+
+def test_a_kernel_is_chosen_for_half_precision_only(monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert with_setting(MODELS["paper"], "paper").dit.attention == "cudnn"
+    assert with_setting(MODELS["small"], "paper").dit.attention == "xla"

@@ -17,7 +17,7 @@ from zipir_jax.measure.programs import (
     training_program,
 )
 from zipir_jax.measure.topologies import GIB, GPU_SHARE, HARDWARE, devices, usable_memory
-from zipir_jax.planner import make_plan
+from zipir_jax.planner import TooLargeError, make_plan
 
 ATTENTION = {"tpu": "splash", "cuda": "cudnn"}  # the kernel of each platform
 IMAGES = 2  # of a micro-batch that a device computes at a time, at most; `accumulate` follows
@@ -58,7 +58,7 @@ def sampling_program(
     And the bytes of all weights, read by this program or not, and of what it is given.
 
     program: "encode", "denoise" (all steps, with a negative text) or "decode"; memory: bytes of the device, for which
-    `planner.make_plan` plans it. Raises ValueError where that says that it does not fit.
+    `planner.make_plan` plans it. Raises TooLargeError where that says that it does not fit.
     """
 
     def placed(tree):
@@ -101,7 +101,7 @@ def measure(program: str, config: TrainConfig, hardware: str, side: int) -> dict
         else:
             mesh = parallel.make_mesh(MeshConfig(), absent)
             compiled, held = sampling_program(program, config.model, mesh, side, row["usable"])
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
+    except (TooLargeError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sizes = dict.fromkeys(("held", "arguments", "returned", "temporaries", "code", "total"))

@@ -1,8 +1,10 @@
 """Seconds of restoring an image and of its phases, as a caller of `Restorer` waits for them, with random weights."""
 
 import dataclasses
+import itertools
 import statistics
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -28,26 +30,27 @@ SETTINGS = {
 ENLARGEMENT = 8  # side of the restored image / side of the photograph that is given
 # Rows and columns of the matrices whose product tells the rate that a device reaches, on a CPU and on others.
 MATMUL_CPU, MATMUL = 2048, 8192
+PRODUCTS = 50  # of such matrices, one after the other
 
 # Table 3 of the paper: at 2048 px, on an A100-80G.
 PAPERS = [
     {
         "system": "SeeSR (A100-80G)",
-        "evaluations": 50,
+        "steps": 50,
         "step": 1.420,
         "image": 73.736,
         "parameters": 0.5e9,
     },
     {
         "system": "SUPIR (A100-80G)",
-        "evaluations": 50,
+        "steps": 50,
         "step": 0.901,
         "image": 52.994,
         "parameters": 1.2e9,
     },
     {
         "system": "ZipIR (A100-80G)",
-        "evaluations": 25,
+        "steps": 25,
         "step": 0.250,
         "image": 6.923,
         "parameters": 3.1e9,
@@ -70,54 +73,43 @@ def with_setting(config: ModelConfig, setting: str) -> ModelConfig:
         raise ValueError(f"setting {setting!r} is not one of: {', '.join(SETTINGS)}")
     if SETTINGS[setting]["guided"] and not config.dit.text_width:
         raise ValueError(f"setting {setting!r} needs a model with text")
-    attention = ATTENTION[jax.default_backend()]
+    # The kernels compute in half precision.
+    attention = ATTENTION[jax.default_backend()] if config.dit.compute_dtype == "bfloat16" else "xla"
     dit = dataclasses.replace(config.dit, lq_attention=SETTINGS[setting]["lq_attention"], attention=attention)
     return dataclasses.replace(config, dit=dit)
 
 
-def restore_seconds(
-    config: ModelConfig, weights: dict, setting: str, sides: tuple[int, ...], repeats: int
-) -> list[dict]:
-    """A row for each side, in pixels, of square images: medians of `repeats` after a first time.
+def restore_seconds(config: ModelConfig, weights: dict, setting: str, side: int, repeats: int) -> dict:
+    """Medians of `repeats` restorations of a square image of `side` pixels, after a first one.
 
-    {"side", "setting", "steps", "evaluations" of the DiT, "first": seconds of the first time, compiling included,
-    "encode", "denoise", "decode", "image": seconds; "compile": first - image}. "image" begins with the photograph as an
-    array and ends with the restored one as an array, both on the host. config: of `with_setting`.
+    {"encode", "denoise", "decode", "image": seconds, "compile": what the first one took longer}. "image" begins with
+    the photograph as an array and ends with the restored one as an array, both on the host. config: of `with_setting`.
     """
-    guided, steps = SETTINGS[setting]["guided"], SETTINGS[setting]["steps"]
     restorer = Restorer(config, weights)
     rng = np.random.default_rng(0)
     texts = {}
     if config.dit.text_width:
         text = rng.standard_normal((DataConfig.text_tokens, config.dit.text_width), np.float32)
-        texts = {"text": text} | ({"negative_text": text[::-1]} if guided else {})
-    rows = []
-    for side in sides:
-        photograph = rng.integers(0, 256, (side // ENLARGEMENT,) * 2 + (3,), np.uint8)
+        texts = {"text": text} | ({"negative_text": text[::-1]} if SETTINGS[setting]["guided"] else {})
+    photograph = rng.integers(0, 256, (side // ENLARGEMENT,) * 2 + (3,), np.uint8)
 
-        def restore(side=side, photograph=photograph):
-            marks = []
-            began = time.perf_counter()
-            restorer.restore(
-                photograph,
-                size=(side, side),
-                sampling=SamplingConfig(steps=steps),
-                progress=lambda phase: marks.append(time.perf_counter()),
-                **texts,
-            )
-            marks.append(time.perf_counter())
-            return {"image": marks[-1] - began} | dict(zip(PHASES, np.diff(marks).tolist(), strict=True))
-
-        first = restore()["image"]
-        times = [restore() for _ in range(repeats)]
-        row = {name: statistics.median(t[name] for t in times) for name in times[0]}
-        evaluations = steps * (2 if guided else 1)
-        rows.append(
-            {"side": side, "setting": setting, "steps": steps, "evaluations": evaluations, "first": first}
-            | row
-            | {"compile": first - row["image"]}
+    def restore():
+        marks = []
+        began = time.perf_counter()
+        restorer.restore(
+            photograph,
+            size=(side, side),
+            sampling=SamplingConfig(steps=SETTINGS[setting]["steps"]),
+            progress=lambda phase: marks.append(time.perf_counter()),
+            **texts,
         )
-    return rows
+        marks.append(time.perf_counter())
+        return {"image": marks[-1] - began} | dict(zip(PHASES, np.diff(marks).tolist(), strict=True))
+
+    first = restore()["image"]
+    times = [restore() for _ in range(repeats)]
+    row = {name: statistics.median(t[name] for t in times) for name in times[0]}
+    return row | {"compile": first - row["image"]}
 
 
 def step_seconds(config: ModelConfig, weights: dict, side: int, guided: bool, repeats: int) -> dict:
@@ -157,53 +149,68 @@ def matmul_rate(dtype: str, repeats: int) -> float:
     """FLOP/s of the product of two square matrices: what can be reached."""
     size = MATMUL_CPU if jax.default_backend() == "cpu" else MATMUL
     matrix = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-    product = jax.jit(jnp.matmul)
-    return 2 * size**3 / median_seconds(lambda: jax.block_until_ready(product(matrix, matrix)), repeats)
+
+    @jax.jit
+    def products(matrix):  # enough of them for the start to count little, and for the device to grow warm
+        return jax.lax.fori_loop(0, PRODUCTS, lambda _, x: (x @ matrix / size**0.5).astype(dtype), matrix)
+
+    seconds = median_seconds(lambda: jax.block_until_ready(products(matrix)), repeats)
+    return 2 * PRODUCTS * size**3 / seconds
 
 
 def latency(
     config: ModelConfig, settings: tuple[str, ...], sides: tuple[int, ...], repeats: int
-) -> tuple[list[dict], float]:
-    """Rows of `restore_seconds` and `step_seconds`, for each setting and side, and the rate of matrix products.
+) -> Iterator[dict]:
+    """A row for each setting and side: what `restore_seconds` and `step_seconds` find, or an "error" where they fail.
 
-    The weights are random: time does not depend on them.
+    "evaluations" are of the DiT for an image, two a step with guidance; "utilisation" of a step is against the rate of
+    large matrix products. The weights are random: time does not depend on them. Raises ValueError for settings, sides
+    or repeats that cannot be measured, before anything is.
     """
     check_repeats(repeats)
+    for side in sides:
+        if side < FACTOR:
+            raise ValueError(f"size {side} is below {FACTOR}")
     variants = {setting: with_setting(config, setting) for setting in settings}
     rate = matmul_rate(config.dit.compute_dtype, repeats)
     weights = cheap_weights(config)
-    rows = []
-    for setting, variant in variants.items():
-        guided = SETTINGS[setting]["guided"]
-        for row in restore_seconds(variant, weights, setting, sides, repeats):
-            row |= step_seconds(variant, weights, row["side"], guided, repeats)
+    for (setting, variant), side in itertools.product(variants.items(), sides):
+        steps, guided = SETTINGS[setting]["steps"], SETTINGS[setting]["guided"]
+        row = {"side": side, "setting": setting, "steps": steps, "evaluations": steps * (2 if guided else 1)}
+        row |= {"parameters": count_params(weights["dit"]), "matmul_flops_per_second": rate}
+        try:
+            row |= restore_seconds(variant, weights, setting, side, repeats)
+            row |= step_seconds(variant, weights, side, guided, repeats)
             row["utilisation"] = row["step_flops"] / row["step"] / rate
-            row["parameters"] = count_params(weights["dit"])
-            rows.append(row)
-    return rows, rate
+        # The planner's, or the device's, for want of memory.
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            row["error"] = str(error).partition("\n")[0]
+        yield row
 
 
-def phases_table(rows: list[dict]) -> str:
-    """Markdown of what `latency` returns, a row for each size and setting."""
-    columns = {"pixels": "{side} x {side}", "setting": "{setting}", "evaluations": "{evaluations}"}
-    columns |= {"step, ms": "{step_ms:.1f}", "of the matmul rate": "{utilisation:.0%}"}
-    columns |= {f"{phase}, s": f"{{{phase}:.3f}}" for phase in (*PHASES, "image")}
-    columns["compile, s"] = "{compile:.1f}"
-    return table([row | {"step_ms": 1e3 * row["step"]} for row in rows], columns)
+PHASE_COLUMNS = {"pixels": "{side} x {side}", "setting": "{setting}", "evaluations": "{evaluations}"}
+PHASE_COLUMNS |= {"step, ms": "{milliseconds:.1f}", "of the matmul rate": "{utilisation:.0%}"}
+PHASE_COLUMNS |= {f"{phase}, s": f"{{{phase}:.3f}}" for phase in (*PHASES, "image")}
+PHASE_COLUMNS |= {"compile, s": "{compile:.1f}"}
+
+
+def phases_line(row: dict) -> str:
+    """The line of a row of `latency` under PHASE_COLUMNS, or what went wrong."""
+    if "error" in row:
+        return f"{row['side']} x {row['side']} pixels, {row['setting']}, did not run: {row['error']}"
+    return table([row | {"milliseconds": 1e3 * row["step"]}], PHASE_COLUMNS).splitlines()[-1]
 
 
 def papers_table(rows: list[dict], model: str) -> str:
     """Markdown: Table 3 of the paper, with our rows of its size below the paper's."""
     ours = [
-        row | {"system": f"zipir_jax {model}, {row['setting']}"} for row in rows if row["side"] == PAPERS_SIDE
+        row | {"system": f"zipir_jax {model}, {row['setting']}"}
+        for row in rows
+        if row["side"] == PAPERS_SIDE and "error" not in row
     ]
     shown = [
         row | {"milliseconds": 1e3 * row["step"], "billions": row["parameters"] / 1e9}
         for row in (*PAPERS, *ours)
     ]
-    columns = {
-        "system, 2048 x 2048 pixels": "{system}",
-        "NFEs": "{evaluations}",
-        "step, ms": "{milliseconds:.0f}",
-    }
+    columns = {"system, 2048 x 2048 pixels": "{system}", "steps": "{steps}", "step, ms": "{milliseconds:.0f}"}
     return table(shown, columns | {"image, s": "{image:.2f}", "parameters, 10^9": "{billions:.3g}"})

@@ -66,8 +66,8 @@ DITS = {
 }
 
 # Each as its authors publish it: network (of DITS or UNETS), steps, and calls of the network a step: 2 with
-# classifier-free guidance, with the text and without it, which all of them make in one batch. The first is what the
-# others are compared with.
+# classifier-free guidance, with the text and without it. All are timed with both in one batch, though DiffBIR calls its
+# network twice in turn. The first is what the others are compared with.
 SYSTEMS = {
     "ZipIR 3.12B": {
         "network": "paper",

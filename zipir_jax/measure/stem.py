@@ -8,7 +8,6 @@ quality is another question: it takes a training to know.
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from zipir_jax.config import MODELS, LPVAEConfig
 from zipir_jax.measure.timing import cheap_params, check_repeats, median_seconds
@@ -44,8 +43,10 @@ def stem_costs(size: int, repeats: int) -> list[dict]:
         lp_vae = with_patch(MODELS["paper"].lp_vae, patch)
         dtype = "float32" if jax.default_backend() == "cpu" else lp_vae.fine.compute_dtype
         lp_vae = dataclasses.replace(lp_vae, fine=dataclasses.replace(lp_vae.fine, compute_dtype=dtype))
-        image = jnp.ones((1, size, size, 3))
-        latent = jnp.ones((1, size // FACTOR, size // FACTOR, lp_vae.fine.decoder_channels))
+        # Not constant: a GPU computes faster where few bits change.
+        image = jax.random.uniform(jax.random.key(0), (1, size, size, 3), minval=-1)
+        shape = 1, size // FACTOR, size // FACTOR, lp_vae.fine.decoder_channels
+        latent = jax.random.normal(jax.random.key(1), shape)
         networks = {
             "E_f": (encoder_flops, Encoder, lp_vae.fine, (image,)),
             "D_f": (decoder_flops, Decoder, lp_vae.fine, (latent,)),

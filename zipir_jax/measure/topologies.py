@@ -69,11 +69,11 @@ def check_hardware(names: tuple[str, ...]) -> None:
         if name not in HARDWARE:
             raise ValueError(f"hardware {name!r} is not one of: {', '.join(HARDWARE)}")
         platform = HARDWARE[name][0]
-        module = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin"}[platform]
-        if importlib.util.find_spec(module) is None:
+        modules = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin")}[platform]
+        if not any(importlib.util.find_spec(module) for module in modules):
             raise ValueError(
-                f"to compile for {name} needs {module}: pip install 'zipir_jax[compile-only]' in an environment of its "
-                "own, or name other --hardware"
+                f"to compile for {name} needs {' or '.join(modules)}: pip install 'zipir_jax[compile-only]' in an "
+                "environment of its own, or name other --hardware"
             )
 
 
@@ -85,7 +85,8 @@ def device_count(name: str) -> int:
 def versions() -> dict[str, str]:
     """Of the compilers that are installed."""
     found = {}
-    for package in ("libtpu", "jax-cuda12-plugin", "nvidia-cudnn-cu12"):
+    cuda = (package for n in (12, 13) for package in (f"jax-cuda{n}-plugin", f"nvidia-cudnn-cu{n}"))
+    for package in ("libtpu", *cuda):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -113,9 +114,11 @@ def usable_memory(name: str) -> int:
 def target_config(gpu: GPU) -> str:
     """A GpuTargetConfigProto in its text format; the limits that are written out are those of all NVIDIA GPUs."""
     major, minor = gpu.capability
+    # Of compute capability 9.0a: Hopper's own instructions for matrices.
+    features = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     return f"""
         gpu_device_info {{
-          cuda_compute_capability {{ major: {major} minor: {minor} }}
+          cuda_compute_capability {{ major: {major} minor: {minor} {features} }}
           core_count: {gpu.cores}
           fpus_per_core: {gpu.lanes}
           shared_memory_per_core: {gpu.shared_memory}

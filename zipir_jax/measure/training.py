@@ -5,9 +5,11 @@ import time
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from zipir_jax import parallel
 from zipir_jax.config import DataConfig, TrainConfig
+from zipir_jax.data.buckets import Bucket
 from zipir_jax.data.pipeline import batch_shapes
 from zipir_jax.measure.programs import square_crops, training_arguments, training_program
 from zipir_jax.measure.report import table
@@ -23,16 +25,10 @@ def training_seconds(config: TrainConfig, side: int, repeats: int) -> dict:
 
     {"stage", "side", "batch", "accumulate", "compile": seconds, "seconds": of a step, "images_per_second",
     "flops_per_second", "mfu": of the devices' peak, None where that is not known, "memory": bytes that the device
-    held at most, None on a CPU}. Raises ValueError for a batch that does not divide over the devices.
+    held at most, None on a CPU}. Raises ValueError as `check_training`.
     """
-    check_repeats(repeats)
-    config, bucket = square_crops(config, side)
-    mesh, batch_size = parallel.make_mesh(config.mesh), config.data.batch_size
-    parts = parallel.batch_parts(mesh) * config.accumulate
-    if batch_size % parts:
-        raise ValueError(
-            f"data.batch_size {batch_size} is not a multiple of {parts}: devices x micro-batches"
-        )
+    config, bucket, mesh = check_training(config, side, repeats)
+    batch_size = config.data.batch_size
     began = time.perf_counter()
     step = training_program(config, mesh, side)
     compile_seconds = time.perf_counter() - began
@@ -73,6 +69,22 @@ def training_seconds(config: TrainConfig, side: int, repeats: int) -> dict:
     }
 
 
+def check_training(config: TrainConfig, side: int, repeats: int) -> tuple[TrainConfig, Bucket, Mesh]:
+    """The config with crops of one size, their bucket, and the mesh of all devices.
+
+    Raises ValueError for settings that cannot work, and for a batch that does not divide over the devices.
+    """
+    check_repeats(repeats)
+    config, bucket = square_crops(config, side)
+    mesh, batch_size = parallel.make_mesh(config.mesh), config.data.batch_size
+    parts = parallel.batch_parts(mesh) * config.accumulate
+    if batch_size % parts:
+        raise ValueError(
+            f"data.batch_size {batch_size} is not a multiple of {parts}: devices x micro-batches"
+        )
+    return config, bucket, mesh
+
+
 def _random(tree):
     """Arrays for abstract ones, as they are divided: kernels of small noise, all else ones."""
 
@@ -103,7 +115,11 @@ def training_table(rows: list[dict]) -> str:
         }
         | {"gib": "-" if row["memory"] is None else f"{row['memory'] / 2**30:.1f}"}
         for row in rows
+        if "error" not in row
     ]
     columns = {"stage": "{stage}", "crop, px": "{side}", "batch": "{batch}", "micro-batches": "{accumulate}"}
     columns |= {"step, s": "{seconds:.3f}", "images/s": "{images_per_second:.2f}", "TFLOP/s": "{tflops:.3g}"}
-    return table(shown, columns | {"MFU": "{mfu}", "memory, GiB": "{gib}", "compile, s": "{compile:.0f}"})
+    columns |= {"MFU": "{mfu}", "memory, GiB": "{gib}", "compile, s": "{compile:.0f}"}
+    lines = [table(shown, columns)]
+    lines += [f"\n{row['side']} pixels did not run: {row['error']}" for row in rows if "error" in row]
+    return "\n".join(lines)
