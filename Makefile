@@ -24,7 +24,7 @@ test: .venv/.installed test-compile
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/lint-imports
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # libtpu is there for Linux on x86-64 alone.
 ifeq ($(shell uname -sm),Linux x86_64)

@@ -120,13 +120,18 @@ def give_random_params():
 
 @pytest.fixture(scope="module")
 def quick_compile():
-    """Programs compile several times faster, once each, and run slower: for tests that compile much, compute little."""
+    """Programs compile several times faster, once each, and run slower: for tests that compile much, compute little.
+
+    In this process and in those that it starts.
+    """
     import jax
 
-    quick, seconds = "jax_disable_most_optimizations", "jax_persistent_cache_min_compile_time_secs"
-    before = jax.config.read(quick), jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update(quick, True)
-    jax.config.update(seconds, 0.0)
-    yield
-    jax.config.update(quick, before[0])
-    jax.config.update(seconds, before[1])
+    quick = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: jax.config.values[name] for name in quick}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in quick.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)

@@ -102,7 +102,8 @@ def latency(
     from zipir_jax.measure import latency as measure
     from zipir_jax.measure.report import finish, table
 
-    model, settings, sizes = _asked(model, settings, sizes, (1024, 2048), output)
+    asked = _asked(model, settings, sizes, jax.default_backend(), (1024, 2048), output)
+    model, settings, sizes = asked
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is measured, too
     rows = []
     print(f"{model}, {MODELS[model].dit.compute_dtype}\n\n{table([], measure.PHASE_COLUMNS)}")
@@ -134,18 +135,17 @@ def train(
         repeats: steps after the first, of which the median counts
         output: JSON file to write
     """
-    import jax
-
     from zipir_jax.measure import training as measure
+    from zipir_jax.measure.programs import square_crops
     from zipir_jax.measure.report import finish
-    from zipir_jax.measure.timing import in_own_process
+    from zipir_jax.measure.timing import check_repeats, default_platform, in_own_process
 
     if output is not None:
         check_writable(output.parent)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # in this process, which only waits
+    check_repeats(repeats)
     asked = load_config(config)
     dit = asked.model.dit
-    attention = attention or ("xla" if jax.default_backend() == "cpu" else dit.attention)
+    attention = attention or ("xla" if default_platform() == "cpu" else dit.attention)
     asked = dataclasses.replace(
         asked,
         model=dataclasses.replace(asked.model, dit=dataclasses.replace(dit, attention=attention)),
@@ -153,9 +153,11 @@ def train(
         accumulate=accumulate or asked.accumulate,
     )
     for side in sides:
-        measure.check_training(asked, side, repeats)
+        square_crops(asked, side)  # refuses what cannot be trained
     # Each size in a process of its own: what one needed does not count for the next.
     rows = [{"side": side} | in_own_process(measure.training_seconds, asked, side, repeats) for side in sides]
+    if all("error" in row for row in rows):
+        raise ValueError(rows[0]["error"])
     print(measure.training_table(rows))
     finish(output, {"config": str(config), "attention": attention, "rows": rows})
 
@@ -178,9 +180,10 @@ def memory(
     """
     from zipir_jax.measure import memory as measure
     from zipir_jax.measure.report import finish
-    from zipir_jax.measure.timing import in_own_process
+    from zipir_jax.measure.timing import default_platform, in_own_process
 
-    model, settings, sizes = _asked(model, settings, sizes, (1024, 2048, 4096), output)
+    asked = _asked(model, settings, sizes, default_platform(), (1024, 2048, 4096), output)
+    model, settings, sizes = asked
     limit = None if memory_gib is None else int(memory_gib * 2**30)
     rows = []
     for setting, size in itertools.product(settings, sizes):
@@ -192,21 +195,20 @@ def memory(
     finish(output, {"model": model, "rows": rows})
 
 
-def _asked(model, settings, sizes, cpu_sizes, output):
+def _asked(model, settings, sizes, platform, cpu_sizes, output):
     """The model, settings and sizes to measure, with what is not given filled in."""
-    import jax
-
     from zipir_jax.measure.latency import settings_of
+    from zipir_jax.measure.programs import check_side
 
     if output is not None:
         check_writable(output.parent)
-    # What is measured in a process of its own has the device's memory to itself.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = platform == "cpu"
     model = model or ("small" if on_cpu else "paper")
     if model not in MODELS:
         raise ValueError(f"model {model!r} is not one of: {', '.join(MODELS)}")
     sizes = sizes or (cpu_sizes if on_cpu else (1024, 2048, 4096, 8192))
+    for size in sizes:
+        check_side(size)
     return model, settings or settings_of(MODELS[model]), sizes
 
 
@@ -281,11 +283,16 @@ def compile_programs(
     topologies.check_hardware(hardware)
     os.environ |= topologies.ENVIRONMENT  # before jax is imported
     from zipir_jax.measure import compile as measure
+    from zipir_jax.measure.programs import check_side, square_crops
     from zipir_jax.measure.report import finish, table
 
     if output is not None:
         check_writable(output.parent)
     loaded, rows = load_config(config), []
+    for side in training_sides:
+        square_crops(loaded, side)  # refuses what cannot be trained
+    for side in sides:
+        check_side(side)
     print(f"{measure.NOTE}\n\n{table([], measure.COLUMNS)}")
     for name in hardware or topologies.HARDWARE:
         several = topologies.device_count(name) > 1
@@ -293,6 +300,9 @@ def compile_programs(
             for side in training_sides if several else sides:
                 rows.append(measure.measure(program, loaded, name, side))
                 print(table([measure.cells(rows[-1])], measure.COLUMNS).splitlines()[-1], flush=True)
+    for row in rows:
+        if row["refusal"]:
+            print(f"\n{row['program']} at {row['side']} pixels on {row['hardware']}: {row['refusal']}")
     finish(output, {"note": measure.NOTE, "versions": topologies.versions(), "programs": rows})
 
 

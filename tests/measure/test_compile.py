@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -78,8 +79,8 @@ def test_only_known_hardware_is_compiled_for(monkeypatch):
 
 def test_slices_have_the_chips_that_their_names_say():
     for name, (platform, _, _) in HARDWARE.items():
-        count = name.split("-")[1] if platform == "tpu" else name.split("x")[0] if "x" in name else 1
-        assert device_count(name) == int(count)
+        count = re.search(r"-(\d+)$" if platform == "tpu" else r"^(\d+)x", name)
+        assert device_count(name) == (int(count[1]) if count else 1)
 
 
 def test_a_gpu_is_described_in_the_order_of_its_generation():

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 @pytest.fixture(autouse=True)
 def small_matrices(monkeypatch):
-    monkeypatch.setattr(latency_module, "MATMUL_CPU", 64)
+    monkeypatch.setattr(latency_module, "MATMUL_CPU", (64, 1))
 
 
 def test_a_size_and_a_setting_are_a_row_whose_phases_make_up_the_image(call, tmp_path):

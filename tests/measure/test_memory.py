@@ -17,14 +17,14 @@ TEXT = dataclasses.replace(TINY, dit=dataclasses.replace(TINY.dit, text_width=16
 
 def test_what_is_planned_compiled_and_used_is_told(call, tmp_path):
     output = tmp_path / "memory.json"
-    options = "--model", "tiny", "--settings", "fast", "--sizes", 256, 40000, "--memory-gib", 1
+    options = "--model", "tiny", "--settings", "fast", "--sizes", 256, 8192, "--memory-gib", 0.5
     status, out, err = call(benchmark.main, "memory", *options, "--output", output)
     assert status == 0, err
     fits, refused = json.loads(output.read_text())["rows"]
     for phase in ("encode", "denoise", "decode"):
         assert 0 < fits["compiled"][phase] < 2 * fits["estimated"][phase]
     assert 0 < fits["used"] < fits["total"]
-    assert "40000 x 40000 pixels need" in refused["error"]
+    assert "8192 x 8192 pixels need" in refused["error"]
     assert "| 256 x 256 | fast |" in out
 
 

@@ -67,7 +67,8 @@ def sampling_program(
 
     weights = placed(sampling_weights(config))
     available = memory - _bytes(weights)
-    plan = make_plan(config, side, side, available=available, branches=2, platform="gpu")
+    platform = mesh.devices.flat[0].platform
+    plan = make_plan(config, side, side, available=available, branches=2, platform=platform)
     function, static, arrays = sampling_programs(config, SamplingConfig(), plan, branches=2)[program]
     arrays = placed(arrays)
     with jax.set_mesh(mesh):  # it says for which devices

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 
 from zipir_jax.config import MODELS, DataConfig, DiTConfig, SamplingConfig
 from zipir_jax.measure.report import table
-from zipir_jax.measure.timing import ATTENTION, cheap_params, check_repeats, in_own_process, median_seconds
+from zipir_jax.measure.timing import (
+    ATTENTION,
+    cheap_params,
+    check_repeats,
+    default_platform,
+    in_own_process,
+    median_seconds,
+)
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.flops import dit_read_flops, dit_step_flops
 from zipir_jax.models.layers import bind, count_params
@@ -147,9 +154,7 @@ def shared_device() -> tuple[str, str]:
         )
     import torch
 
-    # Networks are measured in processes of their own; this one must leave them the GPU's memory.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    device = jax.default_backend()
+    device = default_platform()
     if device not in PRECISIONS or (device == "gpu" and not torch.cuda.is_available()):
         raise ValueError(f"jax computes on a {device}, on which torch {torch.__version__} does not here")
     return device, ", ".join(f"{name} {version(name)}" for name in names)

@@ -21,6 +21,12 @@ from zipir_jax.training.state import create_state
 from zipir_jax.weights import abstract_weights
 
 
+def check_side(side: int) -> None:
+    """Raises ValueError for a picture whose side, in pixels, is below that of one cell of the latent."""
+    if side < FACTOR:
+        raise ValueError(f"size {side} is below {FACTOR}")
+
+
 def square_crops(config: TrainConfig, side: int) -> tuple[TrainConfig, Bucket]:
     """The config with crops of side x side pixels alone, and their bucket. Raises ValueError as `training.loop.check`.
 

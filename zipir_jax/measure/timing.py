@@ -56,17 +56,30 @@ def cheap_weights(config: ModelConfig) -> dict:
     }
 
 
+def default_platform() -> str:
+    """What jax computes on by default, "cpu", "gpu" or "tpu", asked in a process of its own.
+
+    So the caller takes no device and none of its memory from the processes that measure.
+    """
+    with _own_process() as pool:
+        return pool.submit(jax.default_backend).result()
+
+
 def in_own_process(function: Callable[..., dict], *arguments) -> dict:
     """What the function returns, called in a process of its own: its memory is free again afterwards.
 
     Where it fails on the device, is killed or refuses, as for want of memory, {"error": one line}.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with _own_process() as pool:
         try:
             return pool.submit(function, *arguments).result()
-        # torch's, jax's and the pool's errors are RuntimeErrors, the planner's are ValueErrors
+        # torch's, jax's and the pool's errors are RuntimeErrors, the planner's are ValueErrors.
         except (RuntimeError, MemoryError, ValueError) as error:
             return {"error": str(error).partition("\n")[0] or type(error).__name__}
+
+
+def _own_process():
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
 def median_seconds(step: Callable[[], object], repeats: int) -> float:

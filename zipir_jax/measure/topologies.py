@@ -56,6 +56,9 @@ HARDWARE = {
     "a100": ("cuda", "a100", "1x1x1"),
     "h100": ("cuda", "h100", "1x1x1"),
     "h200": ("cuda", "h200", "1x1x1"),
+    "v5e": ("tpu", "v5e", "1x1"),
+    "v5p": ("tpu", "v5p", "1x1x1"),
+    "v6e": ("tpu", "v6e", "1x1"),
     "v5e-64": ("tpu", "v5e", "8x8"),
     "v5p-64": ("tpu", "v5p", "4x4x4"),  # 64 chips; Cloud TPU counts the cores, two a chip: v5p-128
     "v5p-32": ("tpu", "v5p", "2x4x4"),  # 32 chips, which Cloud TPU calls v5p-64
@@ -98,7 +101,9 @@ def devices(name: str) -> list:
 
     platform, kind, topology = HARDWARE[name]
     if platform == "tpu":
-        return get_topology_desc(platform="tpu", topology_name=f"{kind}:{topology}").devices
+        # A slice is made of hosts with four chips, but for the one with a single chip.
+        host = {"chips_per_host_bounds": (1, 1, 1)} if device_count(name) == 1 else {}
+        return get_topology_desc(platform="tpu", topology_name=f"{kind}:{topology}", **host).devices
     described = get_topology_desc(
         platform="cuda", topology_name=kind, target_config=target_config(GPUS[kind]), topology=topology
     )

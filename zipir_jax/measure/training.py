@@ -5,15 +5,13 @@ import time
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from zipir_jax import parallel
 from zipir_jax.config import DataConfig, TrainConfig
-from zipir_jax.data.buckets import Bucket
 from zipir_jax.data.pipeline import batch_shapes
 from zipir_jax.measure.programs import square_crops, training_arguments, training_program
 from zipir_jax.measure.report import table
-from zipir_jax.measure.timing import check_repeats, median_seconds
+from zipir_jax.measure.timing import median_seconds
 from zipir_jax.models.flops import peak_flops
 from zipir_jax.training.flops import training_flops
 from zipir_jax.training.stages import STAGES
@@ -25,10 +23,16 @@ def training_seconds(config: TrainConfig, side: int, repeats: int) -> dict:
 
     {"stage", "side", "batch", "accumulate", "compile": seconds, "seconds": of a step, "images_per_second",
     "flops_per_second", "mfu": of the devices' peak, None where that is not known, "memory": bytes that the device
-    held at most, None on a CPU}. Raises ValueError as `check_training`.
+    held at most, None on a CPU}. Raises ValueError for a batch that does not divide over the devices, and as
+    `square_crops`.
     """
-    config, bucket, mesh = check_training(config, side, repeats)
-    batch_size = config.data.batch_size
+    config, bucket = square_crops(config, side)
+    mesh, batch_size = parallel.make_mesh(config.mesh), config.data.batch_size
+    parts = parallel.batch_parts(mesh) * config.accumulate
+    if batch_size % parts:
+        raise ValueError(
+            f"data.batch_size {batch_size} is not a multiple of {parts}: devices x micro-batches"
+        )
     began = time.perf_counter()
     step = training_program(config, mesh, side)
     compile_seconds = time.perf_counter() - began
@@ -67,22 +71,6 @@ def training_seconds(config: TrainConfig, side: int, repeats: int) -> dict:
         "mfu": peak and flops / seconds / (peak * jax.device_count()),
         "memory": stats and stats["peak_bytes_in_use"],
     }
-
-
-def check_training(config: TrainConfig, side: int, repeats: int) -> tuple[TrainConfig, Bucket, Mesh]:
-    """The config with crops of one size, their bucket, and the mesh of all devices.
-
-    Raises ValueError for settings that cannot work, and for a batch that does not divide over the devices.
-    """
-    check_repeats(repeats)
-    config, bucket = square_crops(config, side)
-    mesh, batch_size = parallel.make_mesh(config.mesh), config.data.batch_size
-    parts = parallel.batch_parts(mesh) * config.accumulate
-    if batch_size % parts:
-        raise ValueError(
-            f"data.batch_size {batch_size} is not a multiple of {parts}: devices x micro-batches"
-        )
-    return config, bucket, mesh
 
 
 def _random(tree):
