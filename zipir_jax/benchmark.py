@@ -85,6 +85,7 @@ def latency(
     settings: tuple[str, ...] = (),
     sizes: tuple[int, ...] = (),
     repeats: int = 3,
+    profile: Path | None = None,
     output: Path | None = None,
 ) -> None:
     """Seconds of a denoising step, of encoding, denoising and decoding, and of a whole image, with random weights.
@@ -95,6 +96,7 @@ def latency(
             model
         sizes: pixels, sides of the image; () = 1024 and 2048 and, where there is an accelerator, 4096 and 8192
         repeats: of each measurement, of which the median counts
+        profile: folder for a profile of a restoration of each row, for xprof (TensorBoard) or Perfetto
         output: JSON file to write
     """
     import jax
@@ -104,10 +106,12 @@ def latency(
 
     asked = _asked(model, settings, sizes, jax.default_backend(), (1024, 2048), output)
     model, settings, sizes = asked
+    if profile is not None:
+        check_writable(profile)
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is measured, too
     rows = []
     print(f"{model}, {MODELS[model].dit.compute_dtype}\n\n{table([], measure.PHASE_COLUMNS)}")
-    for row in measure.latency(MODELS[model], settings, sizes, repeats):
+    for row in measure.latency(MODELS[model], settings, sizes, repeats, profile):
         rows.append(row)
         print(measure.phases_line(row), flush=True)
     print(f"\nProducts of large matrices: {rows[0]['matmul_flops_per_second'] / 1e12:.4g} TFLOP/s")
@@ -131,7 +135,7 @@ def train(
         sides: pixels, sides of the crops
         batch_size: images, over all devices; not given: the config's
         accumulate: micro-batches; not given: the config's
-        attention: xla, cudnn or splash; not given: the config's on a GPU or TPU, on a CPU xla
+        attention: xla, cudnn or splash; not given: the fastest on this platform
         repeats: steps after the first, of which the median counts
         output: JSON file to write
     """
@@ -139,13 +143,14 @@ def train(
     from zipir_jax.measure.programs import square_crops
     from zipir_jax.measure.report import finish
     from zipir_jax.measure.timing import check_repeats, default_platform, in_own_process
+    from zipir_jax.models.attention import fastest
 
     if output is not None:
         check_writable(output.parent)
     check_repeats(repeats)
     asked = load_config(config)
     dit = asked.model.dit
-    attention = attention or ("xla" if default_platform() == "cpu" else dit.attention)
+    attention = attention or fastest(default_platform(), dit.compute_dtype)
     asked = dataclasses.replace(
         asked,
         model=dataclasses.replace(asked.model, dit=dataclasses.replace(dit, attention=attention)),
@@ -264,7 +269,7 @@ def stem(size: int = 512, repeats: int = 3, output: Path | None = None) -> None:
 
 def compile_programs(
     hardware: tuple[str, ...] = (),
-    training_sides: tuple[int, ...] = (1024, 2048),
+    training_sides: tuple[int, ...] = (1024, 2048, 4096),
     sides: tuple[int, ...] = (2048, 4096, 8192),
     config: Path = Path("configs/dit_3b.py"),
     output: Path | None = None,
@@ -296,14 +301,14 @@ def compile_programs(
     print(f"{measure.NOTE}\n\n{table([], measure.COLUMNS)}")
     for name in hardware or topologies.HARDWARE:
         several = topologies.device_count(name) > 1
-        for program in ("train",) if several else ("encode", "denoise", "decode"):
+        for program in measure.PROGRAMS[:1] if several else measure.PROGRAMS[1:]:
             for side in training_sides if several else sides:
                 rows.append(measure.measure(program, loaded, name, side))
                 print(table([measure.cells(rows[-1])], measure.COLUMNS).splitlines()[-1], flush=True)
     for row in rows:
         if row["refusal"]:
             print(f"\n{row['program']} at {row['side']} pixels on {row['hardware']}: {row['refusal']}")
-    finish(output, {"note": measure.NOTE, "versions": topologies.versions(), "programs": rows})
+    finish(output, {"note": measure.NOTE, "programs": rows})
 
 
 COMMANDS = {

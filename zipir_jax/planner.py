@@ -6,6 +6,7 @@ What a phase needs is estimated by formulas whose factors were measured against 
 
 import bisect
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
@@ -18,7 +19,13 @@ from zipir_jax.models.attention import LARGEST_LOGITS
 from zipir_jax.models.dit import Block
 from zipir_jax.models.layers import abstract_params, count_params
 from zipir_jax.models.lp_vae import FACTOR
-from zipir_jax.models.memory import choose_tiling, encode_cost, pixel_decode_cost, resident_bytes
+from zipir_jax.models.memory import (
+    choose_tiling,
+    encode_cost,
+    is_too_large,
+    pixel_decode_cost,
+    resident_bytes,
+)
 from zipir_jax.models.tiling import Tiling
 
 MARGIN = FACTOR  # pixels; the outermost ones, where convolutions meet their padding of zeros, show a frame
@@ -79,10 +86,17 @@ def padded_size(config: ModelConfig, height: int, width: int) -> tuple[int, int]
 
 
 def available_memory() -> int:
-    """Bytes that may be spent on the device that jax computes on: SHARE of what is free, on a CPU CPU_SHARE of it."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
+    """Bytes that may be spent on the device that jax computes on: SHARE of what is free, on a CPU CPU_SHARE of it.
+
+    Raises ValueError for another device that does not tell.
+    """
+    if jax.default_backend() != "cpu":
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "bytes_limit" not in stats:
+            raise ValueError(
+                f"this {jax.default_backend()} does not tell how much memory it has; say how much to use (--memory-gib)"
+            )
+        return device_share(stats["bytes_limit"], stats["bytes_in_use"])
     free = psutil.virtual_memory().available
     try:
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
@@ -94,6 +108,11 @@ def available_memory() -> int:
     except (OSError, ValueError, KeyError):  # not on Linux, not in a container, or one without a limit
         pass
     return int(CPU_SHARE * free)
+
+
+def device_share(limit: int, in_use: int) -> int:
+    """Bytes to plan with on an accelerator that has `limit` for arrays, of which some are in use."""
+    return int(SHARE * (limit - in_use))
 
 
 def make_plan(
@@ -137,19 +156,21 @@ def make_plan(
     raise TooLargeError(f"{there}; the largest of this shape that fits is {width} x {height}")
 
 
+@functools.lru_cache  # a folder has many pictures of one size
 def _plan(config, height, width, available, pictures, *asked):
     """The plan that fits or, if none does, the one that needs least."""
+    platform, costs = asked[-1], (encode_cost, pixel_decode_cost)
+    whole = [cost(config.lp_vae, height, width, None, platform) for cost in costs]
     for count in range(pictures, 0, -1):
         needs = needed_bytes(config, height, width, None, None, count, *asked)
-        if max(needs.values()) <= available:
+        if max(needs.values()) <= available and not any(
+            is_too_large(cost, count, platform) for cost in whole
+        ):
             count = math.ceil(pictures / math.ceil(pictures / count))  # parts of one size
+            needs = needed_bytes(config, height, width, None, None, count, *asked)
             return Plan(height, width, count, None, None, needs, available)
-    platform = asked[-1]
     budget = available - image_bytes(height, width, platform)
-    encode, decode = (
-        choose_tiling(cost, config.lp_vae, height, width, budget, platform)
-        for cost in (encode_cost, pixel_decode_cost)
-    )
+    encode, decode = (choose_tiling(cost, config.lp_vae, height, width, budget, platform) for cost in costs)
     needs = needed_bytes(config, height, width, encode, decode, 1, *asked)
     return Plan(height, width, 1, encode, decode, needs, available)
 

@@ -51,7 +51,7 @@ def restore_files(
             memory_gib the same bytes
         overwrite: replace output files that exist
         memory_gib: memory of the device to spend beside the weights; what does not fit whole runs in tiles, with the
-            same result. Not given: all that is free, on a CPU half of it
+            same result. Not given: nine tenths of what is free, on a CPU half of it
         dry_run: restore nothing; print how each picture would be restored and the memory that it needs
         sampling: how the latent is sampled
     """

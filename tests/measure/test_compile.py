@@ -56,7 +56,7 @@ def test_each_chip_has_its_share_of_the_state(tmp_path):
         count_params(groups[name]) for name in ("coarse_encoder", "fine_encoder", "fine_decoder")
     )
     assert row["devices"] == 64
-    assert row["held"] == pytest.approx(state / 64 + frozen, rel=0.01)
+    assert row["arguments"] == pytest.approx(state / 64 + frozen, rel=0.01)  # and a batch of little latents
     assert row["fits"]
     assert row["total"] < row["usable"] == 15.75 * GIB
 
@@ -80,7 +80,8 @@ def test_only_known_hardware_is_compiled_for(monkeypatch):
 def test_slices_have_the_chips_that_their_names_say():
     for name, (platform, _, _) in HARDWARE.items():
         count = re.search(r"-(\d+)$" if platform == "tpu" else r"^(\d+)x", name)
-        assert device_count(name) == (int(count[1]) if count else 1)
+        cores = 2 if name == "v5p-64" else 1  # of a chip, which Cloud TPU counts there
+        assert device_count(name) * cores == (int(count[1]) if count else 1)
 
 
 def test_a_gpu_is_described_in_the_order_of_its_generation():

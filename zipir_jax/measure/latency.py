@@ -5,17 +5,17 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from zipir_jax.config import DataConfig, ModelConfig, SamplingConfig
 from zipir_jax.measure.report import table
-from zipir_jax.measure.timing import ATTENTION, cheap_weights, check_repeats, median_seconds
-from zipir_jax.models.dit import DiT
+from zipir_jax.measure.timing import cheap_weights, check_repeats, denoise_seconds, median_seconds
+from zipir_jax.models.attention import fastest
 from zipir_jax.models.flops import dit_step_flops
-from zipir_jax.models.layers import bind, count_params
+from zipir_jax.models.layers import count_params
 from zipir_jax.models.lp_vae import FACTOR
 from zipir_jax.planner import padded_size
 from zipir_jax.restorer import PHASES, Restorer
@@ -73,17 +73,19 @@ def with_setting(config: ModelConfig, setting: str) -> ModelConfig:
         raise ValueError(f"setting {setting!r} is not one of: {', '.join(SETTINGS)}")
     if SETTINGS[setting]["guided"] and not config.dit.text_width:
         raise ValueError(f"setting {setting!r} needs a model with text")
-    # The kernels compute in half precision.
-    attention = ATTENTION[jax.default_backend()] if config.dit.compute_dtype == "bfloat16" else "xla"
+    attention = fastest(jax.default_backend(), config.dit.compute_dtype)
     dit = dataclasses.replace(config.dit, lq_attention=SETTINGS[setting]["lq_attention"], attention=attention)
     return dataclasses.replace(config, dit=dit)
 
 
-def restore_seconds(config: ModelConfig, weights: dict, setting: str, side: int, repeats: int) -> dict:
+def restore_seconds(
+    config: ModelConfig, weights: dict, setting: str, side: int, repeats: int, profile: Path | None = None
+) -> dict:
     """Medians of `repeats` restorations of a square image of `side` pixels, after a first one.
 
     {"encode", "denoise", "decode", "image": seconds, "compile": what the first one took longer}. "image" begins with
     the photograph as an array and ends with the restored one as an array, both on the host. config: of `with_setting`.
+    profile: folder for what jax's profiler records of one more restoration.
     """
     restorer = Restorer(config, weights)
     rng = np.random.default_rng(0)
@@ -109,6 +111,9 @@ def restore_seconds(config: ModelConfig, weights: dict, setting: str, side: int,
     first = restore()["image"]
     times = [restore() for _ in range(repeats)]
     row = {name: statistics.median(t[name] for t in times) for name in times[0]}
+    if profile is not None:
+        with jax.profiler.trace(profile):
+            restore()
     return row | {"compile": first - row["image"]}
 
 
@@ -119,30 +124,9 @@ def step_seconds(config: ModelConfig, weights: dict, side: int, guided: bool, re
     """
     height, width = (length // FACTOR for length in padded_size(config, side, side))
     branches = 2 if guided else 1
-    # Not constant: a GPU computes faster where few bits change.
-    latent, noisy = (
-        jax.random.normal(jax.random.key(0), (count, height, width, config.dit.latent_channels))
-        for count in (1, branches)
-    )
-    text = {}
-    if config.dit.text_width:
-        shape = branches, DataConfig.text_tokens, config.dit.text_width
-        text["text"] = jax.random.normal(jax.random.key(1), shape)
-        text["text_lengths"] = jnp.full(branches, DataConfig.text_tokens)
-
-    @jax.jit
-    def read(params, latent, text):
-        return bind(DiT, config.dit, params).read(latent, **text)
-
-    @jax.jit
-    def step(params, noisy, timesteps, condition):
-        return bind(DiT, config.dit, params).denoise(noisy, timesteps, condition)
-
-    condition = read(weights["dit"], latent, text)
-    arguments = weights["dit"], noisy, jnp.full(branches, 500), condition
-    seconds = median_seconds(lambda: jax.block_until_ready(step(*arguments)), repeats)
+    step = denoise_seconds(config.dit, weights["dit"], height, width, branches, repeats)
     flops = branches * dit_step_flops(config.dit, height, width, DataConfig.text_tokens)
-    return {"step": seconds, "step_flops": flops}
+    return {"step": step["seconds"], "step_flops": flops}
 
 
 def matmul_rate(dtype: str, repeats: int) -> float:
@@ -159,13 +143,18 @@ def matmul_rate(dtype: str, repeats: int) -> float:
 
 
 def latency(
-    config: ModelConfig, settings: tuple[str, ...], sides: tuple[int, ...], repeats: int
+    config: ModelConfig,
+    settings: tuple[str, ...],
+    sides: tuple[int, ...],
+    repeats: int,
+    profile: Path | None = None,
 ) -> Iterator[dict]:
     """A row for each setting and side: what `restore_seconds` and `step_seconds` find, or an "error" where they fail.
 
     "evaluations" are of the DiT for an image, two a step with guidance; "utilisation" of a step is against the rate of
-    large matrix products. The weights are random: time does not depend on them. Raises ValueError for settings or
-    repeats that cannot be measured, before anything is.
+    large matrix products. The weights are random: time does not depend on them. profile: folder for those of
+    `restore_seconds`, each in one of its own. Raises ValueError for settings or repeats that cannot be measured, before
+    anything is.
     """
     check_repeats(repeats)
     variants = {setting: with_setting(config, setting) for setting in settings}
@@ -176,7 +165,8 @@ def latency(
         row = {"side": side, "setting": setting, "steps": steps, "evaluations": steps * (2 if guided else 1)}
         row |= {"parameters": count_params(weights["dit"]), "matmul_flops_per_second": rate}
         try:
-            row |= restore_seconds(variant, weights, setting, side, repeats)
+            folder = profile and profile / f"{setting.replace(', ', '_')}_{side}"
+            row |= restore_seconds(variant, weights, setting, side, repeats, folder)
             row |= step_seconds(variant, weights, side, guided, repeats)
             row["utilisation"] = row["step_flops"] / row["step"] / rate
         # The planner's, or the device's, for want of memory.

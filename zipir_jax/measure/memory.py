@@ -10,7 +10,7 @@ import psutil
 
 from zipir_jax.config import MODELS, DataConfig, ModelConfig, SamplingConfig
 from zipir_jax.measure.latency import SETTINGS, with_setting
-from zipir_jax.measure.programs import sampling_programs, sampling_weights
+from zipir_jax.measure.programs import program_bytes, sampling_programs, sampling_weights
 from zipir_jax.measure.report import table
 from zipir_jax.measure.timing import cheap_weights
 from zipir_jax.planner import GIB, Plan
@@ -22,10 +22,10 @@ STEPS = 1  # of the sampler; its memory is that of a step
 def restore_memory(model: str, setting: str, side: int, memory: int | None) -> dict:
     """A row: what a square picture of `side` pixels takes, in bytes beside the weights; for a process of its own.
 
-    {"plan": lines, "estimated", "compiled": {phase: bytes}, "used": the most at any time while it was restored,
-    "total": the most of the process, weights included}. On a CPU that is resident memory, what the compiler and
-    the allocator keep included. model: of MODELS, with random weights; setting: of
-    SETTINGS; memory: as of `Restorer.restore`. Raises ValueError for a size that does not fit.
+    {"plan": lines, "estimated", "compiled": {phase: bytes}, "total": the most of the process, the making of the weights
+    included, "used": by how much that is more than before the picture}. On a CPU that is resident memory, with what
+    compiler and allocator keep. model: of MODELS, with random weights; setting: of SETTINGS; memory: as of
+    `Restorer.restore`. Raises ValueError for a size that does not fit.
     """
     config = with_setting(MODELS[model], setting)
     restorer = Restorer(config, jax.block_until_ready(cheap_weights(config)))
@@ -56,10 +56,9 @@ def compiled_bytes(config: ModelConfig, plan: Plan, branches: int) -> dict[str, 
     found, weights = {}, sampling_weights(config)
     programs = sampling_programs(config, SamplingConfig(steps=STEPS), plan, branches)
     for phase, (function, static, arrays) in programs.items():
-        account = function.lower(*static, weights, *arrays).compile().memory_analysis()
+        sizes = program_bytes(function.lower(*static, weights, *arrays).compile())
         read = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
-        written = account.output_size_in_bytes - account.alias_size_in_bytes
-        found[phase] = read + written + account.temp_size_in_bytes
+        found[phase] = read + sizes["returned"] + sizes["temporaries"]
     return found
 
 

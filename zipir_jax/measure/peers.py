@@ -9,25 +9,22 @@ side, of ours 32 times. torch runs them eagerly, as their own command lines do; 
 import dataclasses
 import importlib.util
 import os
-import time
 from importlib.metadata import version
 
-import jax
-import jax.numpy as jnp
-
-from zipir_jax.config import MODELS, DataConfig, DiTConfig, SamplingConfig
+from zipir_jax.config import MODELS, DataConfig, SamplingConfig
 from zipir_jax.measure.report import table
 from zipir_jax.measure.timing import (
-    ATTENTION,
     cheap_params,
     check_repeats,
     default_platform,
+    denoise_seconds,
     in_own_process,
     median_seconds,
 )
+from zipir_jax.models.attention import fastest
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.flops import dit_read_flops, dit_step_flops
-from zipir_jax.models.layers import bind, count_params
+from zipir_jax.models.layers import count_params
 from zipir_jax.models.lp_vae import FACTOR
 
 UNET_FACTOR = 8  # pixels per latent pixel of the Stable Diffusion VAEs
@@ -244,39 +241,12 @@ def check_size(side: int) -> None:
 
 
 def time_dit(network: str, side: int, batch: int, repeats: int, device: str) -> dict:
-    """{"parameters", "compile_seconds", "seconds"} of `DiT.denoise` with random weights; arguments as of `compare`.
-
-    What it needs of the LQ latent and the texts is computed once an image, and so before.
-    """
-    gpu = device == "gpu"
-    config = dataclasses.replace(
-        DITS[network], compute_dtype="bfloat16" if gpu else "float32", attention=ATTENTION[device]
-    )
-    params = cheap_params(DiT, config, config.compute_dtype)
-    # Not constant: a GPU computes faster where few bits change.
-    shape = side // FACTOR, side // FACTOR, config.latent_channels
-    noisy = jax.random.normal(jax.random.key(0), (batch, *shape))
-    text = None
-    if config.text_width:
-        text = jax.random.normal(jax.random.key(1), (batch, DataConfig.text_tokens, config.text_width))
-    condition = jax.jit(read, static_argnums=0)(config, params, jnp.zeros((1, *shape)), text)
-    inputs = params, noisy, jnp.full(batch, 500.0), condition
-    started = time.perf_counter()
-    step = jax.jit(denoise, static_argnums=0).lower(config, *inputs).compile()
-    compile_seconds = time.perf_counter() - started
-    return {
-        "parameters": count_params(params),
-        "compile_seconds": compile_seconds,
-        "seconds": median_seconds(lambda: jax.block_until_ready(step(*inputs)), repeats),
-    }
-
-
-def read(config: DiTConfig, params: dict, lq, text) -> dict:
-    return bind(DiT, config, params).read(lq, text)
-
-
-def denoise(config: DiTConfig, params: dict, noisy, timesteps, condition: dict):
-    return bind(DiT, config, params).denoise(noisy, timesteps, condition)
+    """{"parameters", "compile_seconds", "seconds"} of `DiT.denoise` with random weights; arguments as of `compare`."""
+    dtype = PRECISIONS[device]
+    config = dataclasses.replace(DITS[network], compute_dtype=dtype, attention=fastest(device, dtype))
+    params = cheap_params(DiT, config, dtype)
+    seconds = denoise_seconds(config, params, side // FACTOR, side // FACTOR, batch, repeats)
+    return {"parameters": count_params(params)} | seconds
 
 
 def our_flops(network: str, side: int, calls: int, branches: int) -> int:

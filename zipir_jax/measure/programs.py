@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from zipir_jax import parallel, restorer
 from zipir_jax.config import ModelConfig, SamplingConfig, TrainConfig
 from zipir_jax.data.buckets import Bucket
+from zipir_jax.data.pipeline import batch_shapes
 from zipir_jax.metrics.fidelity import load_lpips
 from zipir_jax.models.lp_vae import FACTOR
 from zipir_jax.planner import TEXT_BLOCK, Plan
@@ -58,11 +59,39 @@ def training_arguments(config: TrainConfig, mesh: Mesh) -> tuple[dict, dict]:
     return divided(state), divided(groups)
 
 
+def training_batch(config: TrainConfig, mesh: Mesh, side: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of a step on crops of side x side pixels, divided over the devices, with the "wishes" of the hosts."""
+    config, bucket = square_crops(config, side)
+    shapes = batch_shapes(config.data, bucket, STAGES[config.stage].DEGRADED, config.model.dit)
+    shapes["wishes"] = (parallel.batch_parts(mesh),), jnp.int32
+    placed = parallel.batch_shardings(mesh, {name: shape for name, (shape, _) in shapes.items()})
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed[name])
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
 def training_program(config: TrainConfig, mesh: Mesh, side: int) -> jax.stages.Compiled:
     """The step of `training.loop` on crops of side x side pixels, for the arguments of `training_arguments`."""
     config, bucket = square_crops(config, side)
     adversarial = config.stage != "dit" and config.loss.adversarial > 0
     return compile_step(config, mesh, bucket, adversarial, *training_arguments(config, mesh))
+
+
+def program_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes of each device while a program runs, as XLA accounts for them.
+
+    {"arguments", "returned": what does not take the place of a donated argument, "temporaries": the most that live at a
+    time, "code", "total"}. What a runtime keeps besides (cuDNN's and NCCL's buffers, fragmentation) is not in it.
+    """
+    account = compiled.memory_analysis()
+    sizes = {
+        "arguments": account.argument_size_in_bytes,
+        "returned": account.output_size_in_bytes - account.alias_size_in_bytes,
+        "temporaries": account.temp_size_in_bytes,
+        "code": account.generated_code_size_in_bytes,
+    }
+    return sizes | {"total": sum(sizes.values())}
 
 
 def sampling_weights(config: ModelConfig) -> dict:

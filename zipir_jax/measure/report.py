@@ -1,7 +1,9 @@
 """How what was measured is told: a Markdown table and a JSON file, with the command, the hardware and the versions."""
 
+import contextlib
 import json
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from zipir_jax.command_line import machine
@@ -20,10 +22,20 @@ def command() -> str:
     return " ".join(["python -m zipir_jax.benchmark", *sys.argv[1:]])
 
 
+def versions() -> dict[str, str]:
+    """Of jaxlib and of the compilers and libraries beside it that are installed."""
+    found = {}
+    cuda = (package for n in (12, 13) for package in (f"jax-cuda{n}-plugin", f"nvidia-cudnn-cu{n}"))
+    for package in ("jaxlib", "libtpu", *cuda):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
 def finish(output: Path | None, content: dict) -> None:
     """Print the command and the machine; write both and `content` to the JSON file `output`, if there is one."""
     print(f"\n`{command()}`\n\n{machine()}")
     if output is not None:
-        report = {"command": command(), "machine": machine()} | content
+        report = {"command": command(), "machine": machine(), "versions": versions()} | content
         with replacing(output) as file:
             file.write((json.dumps(report, indent=1) + "\n").encode())

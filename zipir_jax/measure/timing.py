@@ -10,15 +10,12 @@ from multiprocessing import get_context
 import jax
 import jax.numpy as jnp
 
-from zipir_jax.config import ModelConfig
+from zipir_jax.config import DataConfig, DiTConfig, ModelConfig
 from zipir_jax.models.dit import DiT
-from zipir_jax.models.layers import abstract_params
+from zipir_jax.models.layers import abstract_params, bind
 from zipir_jax.models.lp_vae import Encoder
 from zipir_jax.models.pixel_decoder import PixelDecoder
 from zipir_jax.weights import abstract_weights
-
-# The fastest implementation of attention in bfloat16.
-ATTENTION = {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}
 
 
 def cheap_params(module_class, config, dtype: str) -> dict:
@@ -54,6 +51,41 @@ def cheap_weights(config: ModelConfig) -> dict:
         "dit": cheap_params(DiT, config.dit, config.dit.compute_dtype),
         "pixel_decoder": cheap_params(PixelDecoder, vae, vae.fine.compute_dtype),
     }
+
+
+def denoise_seconds(
+    config: DiTConfig, params: dict, height: int, width: int, branches: int, repeats: int
+) -> dict:
+    """{"compile_seconds", "seconds"} of one denoising step, the median of `repeats`; sides of the latent.
+
+    What a step needs of the LQ latent and the texts, one for each of the `branches` of the guidance, is computed once
+    an image, and so before.
+    """
+
+    @jax.jit
+    def read(params, latent, text):
+        return bind(DiT, config, params).read(latent, **text)
+
+    @jax.jit
+    def step(params, noisy, timesteps, condition):
+        return bind(DiT, config, params).denoise(noisy, timesteps, condition)
+
+    # Not constant: a GPU computes faster where few bits change.
+    latent, noisy = (
+        jax.random.normal(jax.random.key(0), (count, height, width, config.latent_channels))
+        for count in (1, branches)
+    )
+    text = {}
+    if config.text_width:
+        shape = branches, DataConfig.text_tokens, config.text_width
+        text["text"] = jax.random.normal(jax.random.key(1), shape)
+        text["text_lengths"] = jnp.full(branches, DataConfig.text_tokens)
+    inputs = params, noisy, jnp.full(branches, 500), read(params, latent, text)
+    began = time.perf_counter()
+    step = step.lower(*inputs).compile()
+    compile_seconds = time.perf_counter() - began
+    seconds = median_seconds(lambda: jax.block_until_ready(step(*inputs)), repeats)
+    return {"compile_seconds": compile_seconds, "seconds": seconds}
 
 
 def default_platform() -> str:

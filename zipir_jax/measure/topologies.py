@@ -3,11 +3,9 @@
 `JAX_PLATFORMS=cpu` and the variables in ENVIRONMENT must be set before jax is imported.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import math
-from importlib.metadata import PackageNotFoundError, version
 
 GIB = 2**30
 ENVIRONMENT = {
@@ -60,8 +58,7 @@ HARDWARE = {
     "v5p": ("tpu", "v5p", "1x1x1"),
     "v6e": ("tpu", "v6e", "1x1"),
     "v5e-64": ("tpu", "v5e", "8x8"),
-    "v5p-64": ("tpu", "v5p", "4x4x4"),  # 64 chips; Cloud TPU counts the cores, two a chip: v5p-128
-    "v5p-32": ("tpu", "v5p", "2x4x4"),  # 32 chips, which Cloud TPU calls v5p-64
+    "v5p-64": ("tpu", "v5p", "2x4x4"),  # 32 chips: Cloud TPU counts the cores of v5p, two a chip
     "v6e-64": ("tpu", "v6e", "8x8"),
 }
 
@@ -83,16 +80,6 @@ def check_hardware(names: tuple[str, ...]) -> None:
 def device_count(name: str) -> int:
     """Of an entry of HARDWARE."""
     return math.prod(map(int, HARDWARE[name][2].split("x")))
-
-
-def versions() -> dict[str, str]:
-    """Of the compilers that are installed."""
-    found = {}
-    cuda = (package for n in (12, 13) for package in (f"jax-cuda{n}-plugin", f"nvidia-cudnn-cu{n}"))
-    for package in ("libtpu", *cuda):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def devices(name: str) -> list:

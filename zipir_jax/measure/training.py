@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from zipir_jax import parallel
-from zipir_jax.config import DataConfig, TrainConfig
-from zipir_jax.data.pipeline import batch_shapes
-from zipir_jax.measure.programs import square_crops, training_arguments, training_program
+from zipir_jax.config import TrainConfig
+from zipir_jax.measure.programs import (
+    program_bytes,
+    square_crops,
+    training_arguments,
+    training_batch,
+    training_program,
+)
 from zipir_jax.measure.report import table
 from zipir_jax.measure.timing import median_seconds
 from zipir_jax.models.flops import peak_flops
 from zipir_jax.training.flops import training_flops
-from zipir_jax.training.stages import STAGES
 from zipir_jax.training.state import create_state
 
 
@@ -22,11 +26,11 @@ def training_seconds(config: TrainConfig, side: int, repeats: int) -> dict:
     """A row: the median of `repeats` steps on a batch of crops of side x side pixels, on all devices.
 
     {"stage", "side", "batch", "accumulate", "compile": seconds, "seconds": of a step, "images_per_second",
-    "flops_per_second", "mfu": of the devices' peak, None where that is not known, "memory": bytes that the device
-    held at most, None on a CPU}. Raises ValueError for a batch that does not divide over the devices, and as
+    "flops_per_second", "mfu": of the devices' peak, None where that is not known, "memory": bytes of each device, as
+    XLA accounts for the step}. Raises ValueError for a batch that does not divide over the devices, and as
     `square_crops`.
     """
-    config, bucket = square_crops(config, side)
+    config, _ = square_crops(config, side)
     mesh, batch_size = parallel.make_mesh(config.mesh), config.data.batch_size
     parts = parallel.batch_parts(mesh) * config.accumulate
     if batch_size % parts:
@@ -42,10 +46,7 @@ def training_seconds(config: TrainConfig, side: int, repeats: int) -> dict:
     shardings = jax.tree.map(lambda x: x.sharding, state)
     create = jax.jit(functools.partial(create_state, config), out_shardings=shardings)
     state = create(jax.random.key(0), {name: read_only[name] for name in read_only if name != "lpips"})
-    shapes = batch_shapes(config.data, bucket, STAGES[config.stage].DEGRADED, config.model.dit)
-    shapes["wishes"] = (parallel.batch_parts(mesh),), jnp.int32
-    placed = parallel.batch_shardings(mesh, {name: shape for name, (shape, _) in shapes.items()})
-    batch = {name: jax.device_put(_noise(*shapes[name]), placed[name]) for name in shapes}
+    batch = _noise(training_batch(config, mesh, side), config.data.text_tokens)
     wishes = batch.pop("wishes")
 
     def train():
@@ -56,9 +57,7 @@ def training_seconds(config: TrainConfig, side: int, repeats: int) -> dict:
     seconds = median_seconds(train, repeats)
     adversarial = config.stage != "dit" and config.loss.adversarial > 0
     flops = batch_size * training_flops(config, side, side, adversarial=adversarial)
-    device = jax.local_devices()[0]
-    peak = peak_flops(device.device_kind)
-    stats = device.memory_stats()
+    peak = peak_flops(jax.devices()[0].device_kind)
     return {
         "stage": config.stage,
         "side": side,
@@ -69,7 +68,7 @@ def training_seconds(config: TrainConfig, side: int, repeats: int) -> dict:
         "images_per_second": batch_size / seconds,
         "flops_per_second": flops / seconds,
         "mfu": peak and flops / seconds / (peak * jax.device_count()),
-        "memory": stats and stats["peak_bytes_in_use"],
+        "memory": program_bytes(step)["total"],
     }
 
 
@@ -87,10 +86,16 @@ def _random(tree):
     return create()
 
 
-def _noise(shape, dtype):
-    if jnp.issubdtype(dtype, jnp.integer):  # lengths of texts
-        return jnp.full(shape, DataConfig.text_tokens, dtype)
-    return jax.random.uniform(jax.random.key(0), shape, dtype, -1, 1)
+def _noise(batch, text_tokens):
+    """Arrays for abstract ones, as they are divided: all texts have full length, no host has a wish."""
+
+    def draw(name, array):
+        if jnp.issubdtype(array.dtype, jnp.integer):
+            return jnp.full(array.shape, text_tokens if name == "text_lengths" else 0, array.dtype)
+        return jax.random.uniform(jax.random.key(0), array.shape, array.dtype, -1, 1)
+
+    shardings = {name: array.sharding for name, array in batch.items()}
+    return jax.jit(lambda: {name: draw(name, x) for name, x in batch.items()}, out_shardings=shardings)()
 
 
 def training_table(rows: list[dict]) -> str:
@@ -101,7 +106,7 @@ def training_table(rows: list[dict]) -> str:
             "tflops": row["flops_per_second"] / 1e12,
             "mfu": "-" if row["mfu"] is None else f"{row['mfu']:.0%}",
         }
-        | {"gib": "-" if row["memory"] is None else f"{row['memory'] / 2**30:.1f}"}
+        | {"gib": f"{row['memory'] / 2**30:.1f}"}
         for row in rows
         if "error" not in row
     ]

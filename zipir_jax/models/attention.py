@@ -21,6 +21,7 @@ LARGEST_LOGITS = 64 * 2**20
 LANES = 128  # of a TPU: its kernel takes sequences in blocks of multiples of them
 LARGEST_BLOCK = 512  # queries or keys of a splash kernel's block: what MaxText ships for all of its TPUs
 PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # that an implementation needs, as jax names them
+CUDNN_DTYPES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
 
 
 def attention(
@@ -63,8 +64,15 @@ def check_implementation(implementation: str, dtype: jnp.dtype | str) -> None:
     if platform not in PLATFORMS[implementation]:
         needed = PLATFORMS[implementation][0]
         raise ValueError(f"{implementation} attention runs on {needed}, not on {platform}; xla runs anywhere")
-    if implementation == "cudnn" and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+    if implementation == "cudnn" and jnp.dtype(dtype) not in CUDNN_DTYPES:
         raise ValueError(f"cudnn attention computes in bfloat16 or float16, not in {dtype}")
+
+
+def fastest(platform: str, dtype: jnp.dtype | str) -> str:
+    """The implementation to choose for a platform, as jax names it, and a dtype: its kernel if it has one for it."""
+    if platform in PLATFORMS["splash"]:
+        return "splash"
+    return "cudnn" if platform in PLATFORMS["cudnn"] and jnp.dtype(dtype) in CUDNN_DTYPES else "xla"
 
 
 def xla_attention(

@@ -99,14 +99,18 @@ def pixel_decoder_flops(config: LPVAEConfig, height: int, width: int) -> int:
 
     Raises ValueError if a side is not a multiple of 32.
     """
-    fine = config.fine
-    flops = encoder_features_flops(fine, height, width) + decoder_flops(fine, height, width)
-    scales = _scales(fine, height, width)[::-1]
-    entering = scales[0][0]
+    parts = encoder_features_flops, decoder_flops, fusions_flops
+    return sum(part(config.fine, height, width) for part in parts)
+
+
+def fusions_flops(config: AutoencoderConfig, height: int, width: int) -> int:
+    """Of what fuses extractor and decoder in `pixel_decoder.PixelDecoder`; arguments as of `decoder_flops`."""
+    scales = _scales(config, height, width)[::-1]
+    flops, entering = 0, scales[0][0]
     for channels, pixels in scales:
         flops += conv_flops(1, channels, entering, pixels) + 2 * conv_flops(3, entering, entering, pixels)
         entering = channels
-    return flops + sum(conv_flops(3, 3, *enlarged) for enlarged in _enlargements(fine, height, width))
+    return flops + sum(conv_flops(3, 3, *enlarged) for enlarged in _enlargements(config, height, width))
 
 
 def encode_flops(config: LPVAEConfig, height: int, width: int) -> int:

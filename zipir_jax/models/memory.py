@@ -1,19 +1,19 @@
 """What encoding and decoding cost, by size and tiling, and the tiling that a memory budget allows.
 
-A cost is (bytes, FLOPs): the temporary arrays that live at once beside arguments, result and weights, and the work,
-windows' halos included. At each scale the bytes are those of one array, the widest, times a number of arrays of that
-size that live at once. These numbers were measured: they are what XLA (jax 0.10.2, CPU) reports for whole programs
-divided by the bytes of the widest array; the tests hold the costs against its reports.
+At each scale the bytes are those of one array, the widest, times a number of arrays of that size that live at once.
+These numbers were measured: they are what XLA (jax 0.10.2, CPU) reports for whole programs divided by the bytes of the
+widest array; the tests hold the costs against its reports, `benchmark compile` against those for GPUs and TPUs.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from zipir_jax.config import LPVAEConfig
-from zipir_jax.models.flops import decoder_flops, encoder_features_flops
+from zipir_jax.models.flops import decoder_flops, encoder_features_flops, fusions_flops
 from zipir_jax.models.lp_vae import COARSE_FACTOR
 from zipir_jax.models.tiling import (
     Tiling,
@@ -33,8 +33,23 @@ LIVE_BFLOAT16_ON_CPU = {"block": 7.5, "upsample": 6.5, "unfold": 9, "enlarge": 3
 # the report of the same program compiled without it.
 CPU_LIBRARY = 2.5
 TILES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)  # along a side, that `choose_tiling` tries
+# Elements of an array: what convolutions on accelerators may read or write, whose libraries count in 32 bits.
+LARGEST_ARRAY = 2**31 - 1
 
-Cost = tuple[int, int]
+
+class Cost(NamedTuple):
+    """What a network costs for one image."""
+
+    temporaries: int  # bytes of arrays that live at once beside arguments, result and weights
+    flops: int  # windows' halos included
+    largest: int  # elements of the largest array
+
+
+class _Peak(NamedTuple):
+    """Of some scales of a network."""
+
+    temporaries: int  # bytes
+    largest: int  # bytes of the largest array
 
 
 def encode_cost(
@@ -46,7 +61,8 @@ def encode_cost(
     coarse = _encoder_cost(config.coarse, *sides, tiling, COARSE_FACTOR, platform)
     small_image = 4 * 3 * sides[0] * sides[1]
     # XLA interleaves the two encoders, which do not depend on each other.
-    return fine[0] + coarse[0] + small_image, fine[1] + coarse[1]
+    temporaries = fine.temporaries + coarse.temporaries + small_image
+    return Cost(temporaries, fine.flops + coarse.flops, max(fine.largest, coarse.largest))
 
 
 def decode_cost(
@@ -57,44 +73,45 @@ def decode_cost(
     scales = 0 if tiling is None else tiled_scales(fine, tiling.cell)
     flops = decoder_flops(fine, height, width)
     if not scales:
-        return _decoder_bytes(fine, live, pixels, 0, len(fine.multipliers)), flops
+        return _cost(fine, flops, _decoder_peak(fine, live, pixels, 0, len(fine.multipliers)))
     windows = _windows(height, width, tiling, decoder_halo(fine, scales))
     low = decoder_flops(_low(fine, scales), height // tiling.cell, width // tiling.cell)
-    # Of the window, and what all tiles read.
-    high_bytes = _decoder_bytes(fine, live, windows[0], 0, scales) + _array(fine, pixels, scales, scales)
-    whole_bytes = _decoder_bytes(fine, live, pixels, scales, len(fine.multipliers))
-    return max(whole_bytes, high_bytes), low + (flops - low) * windows[1] // pixels
+    peaks = _tiled_decoder_peaks(fine, live, pixels, windows[0], scales)
+    return _cost(fine, low + (flops - low) * windows[1] // pixels, *peaks)
 
 
 def pixel_decode_cost(
     config: LPVAEConfig, height: int, width: int, tiling: Tiling | None = None, platform: str = "cpu"
 ) -> Cost:
-    """Of `pixel_decoder.pixel_decode`; arguments as of `encode_cost`. The FLOPs are without those of the fusions."""
+    """Of `pixel_decoder.pixel_decode`; arguments as of `encode_cost`."""
     fine, live, pixels = config.fine, _live(config.fine, platform), height * width
     # Skip connections of other scales are small beside the arrays of the highest one.
     live = {name: number + live["fusion"] for name, number in live.items()} | {
         "enlarge": live["enlarge"] + live["fusion"] / 2
     }
     scales = 0 if tiling is None else tiled_scales(fine, tiling.cell)
-    flops = decoder_flops(fine, height, width)
-    extractor_bytes, extractor_flops = _encoder_cost(fine, height, width, tiling, 1, platform)
+    flops = decoder_flops(fine, height, width) + fusions_flops(fine, height, width)
+    extractor, extractor_flops = _encoder_peak_and_flops(fine, height, width, tiling, 1, platform)
     if not scales:
-        peak = _decoder_bytes(fine, live, pixels, 0, len(fine.multipliers))
-        return max(extractor_bytes, peak), flops + extractor_flops
+        peak = _decoder_peak(fine, live, pixels, 0, len(fine.multipliers))
+        return _cost(fine, flops + extractor_flops, extractor, peak)
     windows = _windows(height, width, tiling, pixel_decoder_halo(fine, scales))
-    sides = height // tiling.cell, width // tiling.cell
-    low = decoder_flops(_low(fine, scales), *sides)
-    again = encoder_features_flops(fine, height, width) - encoder_features_flops(_low(fine, scales), *sides)
-    # Of the window, and what all tiles read.
-    high_bytes = _decoder_bytes(fine, live, windows[0], 0, scales) + _array(fine, pixels, scales, scales)
-    whole_bytes = _decoder_bytes(fine, live, pixels, scales, len(fine.multipliers))
-    repeated = (flops - low + again) * windows[1] // pixels
-    return max(extractor_bytes, whole_bytes, high_bytes), extractor_flops + low + repeated
+    low, sides = _low(fine, scales), (height // tiling.cell, width // tiling.cell)
+    low_flops = decoder_flops(low, *sides) + fusions_flops(low, *sides)
+    again = encoder_features_flops(fine, height, width) - encoder_features_flops(low, *sides)
+    repeated = (flops - low_flops + again) * windows[1] // pixels
+    peaks = _tiled_decoder_peaks(fine, live, pixels, windows[0], scales)
+    return _cost(fine, extractor_flops + low_flops + repeated, extractor, *peaks)
 
 
 def resident_bytes(cost: Cost, platform: str = "cpu") -> int:
     """Memory that a program takes while it runs: its temporaries, and what a library allocates beside them."""
-    return int(cost[0] * (CPU_LIBRARY if platform == "cpu" else 1))
+    return int(cost.temporaries * (CPU_LIBRARY if platform == "cpu" else 1))
+
+
+def is_too_large(cost: Cost, images: int, platform: str) -> bool:
+    """Whether a batch of `images` has an array of more than LARGEST_ARRAY elements, which a CPU does not mind."""
+    return platform != "cpu" and images * cost.largest > LARGEST_ARRAY
 
 
 def choose_tiling(
@@ -105,7 +122,8 @@ def choose_tiling(
     budget: int,
     platform: str = "cpu",
 ) -> Tiling | None:
-    """The tiling with the least work whose `resident_bytes` are within `budget` bytes; None: the whole image is.
+    """The tiling with the least work whose `resident_bytes` are within `budget` bytes and whose arrays are not too
+    large; None: the whole image is so.
 
     Where none is, the one that needs least. cost: `encode_cost`, `decode_cost` or `pixel_decode_cost`; height and width
     in pixels, multiples of 32.
@@ -117,10 +135,18 @@ def choose_tiling(
         tilings += [Tiling(cell, *sides) for sides in itertools.product(sorted(rows), sorted(columns))]
     costs = [cost(config, height, width, tiling, platform) for tiling in tilings]
     needed = [resident_bytes(found, platform) for found in costs]
-    fitting = [i for i, size in enumerate(needed) if size <= budget]
+    fitting = [
+        i for i, size in enumerate(needed) if size <= budget and not is_too_large(costs[i], 1, platform)
+    ]
     if not fitting:
         return tilings[needed.index(min(needed))]
-    return tilings[min(fitting, key=lambda i: (costs[i][1], needed[i]))]
+    return tilings[min(fitting, key=lambda i: (costs[i].flops, needed[i]))]
+
+
+def _cost(config, flops, *peaks):
+    """Of a network whose parts run one after the other."""
+    largest = max(peak.largest for peak in peaks) // jnp.dtype(config.compute_dtype).itemsize
+    return Cost(max(peak.temporaries for peak in peaks), flops, largest)
 
 
 def _live(config, platform):
@@ -147,38 +173,64 @@ def _array(config, pixels, scale, width_of):
     return jnp.dtype(config.compute_dtype).itemsize * width * pixels // (config.patch * 2**scale) ** 2
 
 
-def _encoder_cost(config, height, width, tiling, factor, platform):
+def _encoder_cost(*arguments):
+    peak, flops = _encoder_peak_and_flops(*arguments)
+    return _cost(arguments[0], flops, peak)
+
+
+def _encoder_peak_and_flops(config, height, width, tiling, factor, platform):
     """Of one encoder; height and width of the image that it reads, `factor` times smaller than the tiling's."""
     live, pixels = _live(config, platform), height * width
     scales = 0 if tiling is None else tiled_scales(config, tiling.cell // factor)
     flops, stop = encoder_features_flops(config, height, width), len(config.multipliers)
     if not scales:
-        return _encoder_bytes(config, live, pixels, 0, stop), flops
+        return _encoder_peak(config, live, pixels, 0, stop), flops
     window, windows = _windows(height * factor, width * factor, tiling, encoder_halo(config, scales))
     cell = config.patch * 2**scales
     low = encoder_features_flops(_low(config, scales), height // cell, width // cell)
-    high_bytes = _encoder_bytes(config, live, window // factor**2, 0, scales)
-    high_bytes += _array(config, pixels, scales, scales - 1)
-    whole_bytes = _encoder_bytes(config, live, pixels, scales, stop)
-    return max(whole_bytes, high_bytes), low + (flops - low) * windows // (pixels * factor**2)
+    # Beside a window, what all tiles write.
+    high = _beside(
+        _encoder_peak(config, live, window // factor**2, 0, scales),
+        _array(config, pixels, scales, scales - 1),
+    )
+    whole = _encoder_peak(config, live, pixels, scales, stop)
+    peak = _Peak(*map(max, high, whole))
+    return peak, low + (flops - low) * windows // (pixels * factor**2)
 
 
-def _encoder_bytes(config, live, pixels, start, stop):
+def _encoder_peak(config, live, pixels, start, stop):
     """At most at once, while the scales from `start` to before `stop` run."""
-    return int(max(live["block"] * _array(config, pixels, s, s) for s in range(start, stop)))
+    return _peak((live["block"], _array(config, pixels, s, s)) for s in range(start, stop))
 
 
-def _decoder_bytes(config, live, pixels, start, stop):
+def _decoder_peak(config, live, pixels, start, stop):
     """The same of a decoder; scales as the encoder counts them, and the image itself where `start` is 0."""
     last = len(config.multipliers) - 1
     upsample = live["unfold" if config.unfold else "upsample"]
-    peaks = [live["block"] * _array(config, pixels, s, s) for s in range(start, stop)]
-    peaks += [upsample * _array(config, pixels, s, s + 1) for s in range(start, min(stop, last))]
+    arrays = [(live["block"], _array(config, pixels, s, s)) for s in range(start, stop)]
+    arrays += [(upsample, _array(config, pixels, s, s + 1)) for s in range(start, min(stop, last))]
     if start == 0:
         width, side = config.base_channels * config.multipliers[0], config.patch
         while side > 1:
             side //= 2
             bytes_of_pixel = jnp.dtype(config.compute_dtype).itemsize * width
-            peaks.append(live["enlarge"] * bytes_of_pixel * pixels // side**2)
+            arrays.append((live["enlarge"], bytes_of_pixel * pixels // side**2))
             width = config.pixel_channels * side
-    return int(max(peaks))
+    return _peak(arrays)
+
+
+def _tiled_decoder_peaks(config, live, pixels, window, scales):
+    """Of the scales that run in windows of so many pixels, beside what all tiles read, and of the others."""
+    high = _beside(_decoder_peak(config, live, window, 0, scales), _array(config, pixels, scales, scales))
+    return high, _decoder_peak(config, live, pixels, scales, len(config.multipliers))
+
+
+def _peak(arrays):
+    """Of (how many live at once, bytes of one) at each scale in turn."""
+    arrays = list(arrays)
+    return _Peak(int(max(live * size for live, size in arrays)), max(size for _, size in arrays))
+
+
+def _beside(peak, size):
+    """With an array of `size` bytes that lives all the while."""
+    return _Peak(peak.temporaries + size, max(peak.largest, size))

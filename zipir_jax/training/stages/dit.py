@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from zipir_jax.config import SamplingConfig, TrainConfig
+from zipir_jax.config import LPVAEConfig, SamplingConfig, TrainConfig
 from zipir_jax.diffusion.objective import diffusion_loss
 from zipir_jax.diffusion.schedule import linear_schedule, logit_normal_timesteps
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind, init_params
-from zipir_jax.models.lp_vae import decode, encode, whiten
+from zipir_jax.models.lp_vae import FACTOR, decode, encode, whiten
+from zipir_jax.models.memory import choose_tiling, encode_cost, resident_bytes
+from zipir_jax.models.tiling import Tiling
 from zipir_jax.parallel import constrain, mesh_parts
 from zipir_jax.restorer import denoise_latent
 
-ENCODED_PIXELS = 2**22  # of the images that a device encodes at a time
+ENCODED_PIXELS = 2**22  # of the images that a device encodes at a time; larger ones are encoded in tiles
 DEGRADED = True
 MAKES = ("dit",)
 
@@ -38,7 +40,7 @@ def _latents(config, frozen, batch):
     """The latents of the clean and of the degraded images, encoded here or beforehand.
 
     Each device encodes one image after another, or as many at a time as have ENCODED_PIXELS: what the encoders hold of
-    an image of 2048 pixels, 1 GiB and more, would else be the largest of all that a step needs.
+    an image of 2048 pixels, 3 GiB, would else be the largest of all that a step needs.
     """
     if "latent" in batch:
         return batch["latent"], batch["lq_latent"]
@@ -50,9 +52,19 @@ def _latents(config, frozen, batch):
     # [2, part, turn, images at a time, ...], so that a device keeps the images that it has.
     turns = images.reshape(2, parts, images_of_part // together, together, height, width, channels)
     turns = turns.swapaxes(1, 2).reshape(-1, parts * together, height, width, channels)
-    latents = jax.lax.map(lambda x: encode(frozen, config.model.lp_vae, x), constrain(turns, None, "batch"))
+    vae, tiling = config.model.lp_vae, _tiling(config.model.lp_vae, height, width)
+    latents = jax.lax.map(lambda x: encode(frozen, vae, x, tiling), constrain(turns, None, "batch"))
     latents = latents.reshape(2, -1, parts, together, *latents.shape[2:]).swapaxes(1, 2)
     return tuple(latents.reshape(2, count, *latents.shape[4:]))
+
+
+def _tiling(vae: LPVAEConfig, height: int, width: int) -> Tiling | None:
+    """Of images of more than ENCODED_PIXELS, that which needs as much memory as one of so many."""
+    if height * width <= ENCODED_PIXELS:
+        return None
+    side, platform = math.isqrt(ENCODED_PIXELS) // FACTOR * FACTOR, jax.default_backend()
+    budget = resident_bytes(encode_cost(vae, side, side, None, platform), platform)
+    return choose_tiling(encode_cost, vae, height, width, budget, platform)
 
 
 def gradients(
