@@ -38,17 +38,16 @@ def attention(
     `key_lengths` counts the valid keys of each batch item, at least one; the rest are padding. Raises ValueError for
     another name, and for a kernel on devices, those of the mesh in effect or else of jax's default backend, or dtypes
     that it is not for.
-    What the backward pass reads of the result is named "attention", for policies of `jax.checkpoint`.
+    For policies of `jax.checkpoint`, the result of "xla" is named "attention"; a kernel is a primitive of its own.
     """
     check_implementation(implementation, query.dtype)
     if implementation == "xla":
         return checkpoint_name(xla_attention(query, key, value, key_lengths), "attention")
     if implementation == "splash":
         return splash_attention(query, key, value, key_lengths)
-    result = jax.nn.dot_product_attention(
+    return jax.nn.dot_product_attention(
         query, key, value, key_value_seq_lengths=key_lengths, implementation="cudnn"
     )
-    return checkpoint_name(result, "attention")
 
 
 def check_implementation(implementation: str, dtype: jnp.dtype | str) -> None:
@@ -136,7 +135,6 @@ def splash_attention(
         kernel = splash.make_splash_mha_single_device(
             splash_attention_mask.MultiHeadMask([mask] * query.shape[0]),
             block_sizes=blocks,
-            residual_checkpoint_name="attention",
             interpret=interpret,
         )
         if key_lengths is None:
