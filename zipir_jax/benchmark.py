@@ -121,7 +121,7 @@ def latency(
 
 def train(
     config: Path = Path("configs/dit_3b.py"),
-    sides: tuple[int, ...] = (1024,),
+    sizes: tuple[int, ...] = (1024,),
     batch_size: int | None = None,
     accumulate: int | None = None,
     attention: str = "",
@@ -132,7 +132,7 @@ def train(
 
     Args:
         config: Python file of the training
-        sides: pixels, sides of the crops
+        sizes: pixels, sides of the crops
         batch_size: images, over all devices; not given: the config's
         accumulate: micro-batches; not given: the config's
         attention: xla, cudnn or splash; not given: the fastest on this platform
@@ -157,10 +157,10 @@ def train(
         data=dataclasses.replace(asked.data, batch_size=batch_size or asked.data.batch_size),
         accumulate=accumulate or asked.accumulate,
     )
-    for side in sides:
+    for side in sizes:
         square_crops(asked, side)  # refuses what cannot be trained
     # Each size in a process of its own: what one needed does not count for the next.
-    rows = [{"side": side} | in_own_process(measure.training_seconds, asked, side, repeats) for side in sides]
+    rows = [{"side": side} | in_own_process(measure.training_seconds, asked, side, repeats) for side in sizes]
     if all("error" in row for row in rows):
         raise ValueError(rows[0]["error"])
     print(measure.training_table(rows))
@@ -269,8 +269,8 @@ def stem(size: int = 512, repeats: int = 3, output: Path | None = None) -> None:
 
 def compile_programs(
     hardware: tuple[str, ...] = (),
-    training_sides: tuple[int, ...] = (1024, 2048, 4096),
-    sides: tuple[int, ...] = (2048, 4096, 8192),
+    training_sizes: tuple[int, ...] = (1024, 2048, 4096),
+    sizes: tuple[int, ...] = (2048, 4096, 8192),
     config: Path = Path("configs/dit_3b.py"),
     output: Path | None = None,
 ) -> None:
@@ -278,8 +278,8 @@ def compile_programs(
 
     Args:
         hardware: names of measure/topologies.py; () = all. What has several devices trains, what has one restores
-        training_sides: pixels, sides of the crops
-        sides: pixels, sides of the restored image
+        training_sizes: pixels, sides of the crops
+        sizes: pixels, sides of the restored image
         config: Python file of the training, whose model restores too
         output: JSON file to write
     """
@@ -294,15 +294,15 @@ def compile_programs(
     if output is not None:
         check_writable(output.parent)
     loaded, rows = load_config(config), []
-    for side in training_sides:
+    for side in training_sizes:
         square_crops(loaded, side)  # refuses what cannot be trained
-    for side in sides:
+    for side in sizes:
         check_side(side)
     print(f"{measure.NOTE}\n\n{table([], measure.COLUMNS)}")
     for name in hardware or topologies.HARDWARE:
         several = topologies.device_count(name) > 1
         for program in measure.PROGRAMS[:1] if several else measure.PROGRAMS[1:]:
-            for side in training_sides if several else sides:
+            for side in training_sizes if several else sizes:
                 rows.append(measure.measure(program, loaded, name, side))
                 print(table([measure.cells(rows[-1])], measure.COLUMNS).splitlines()[-1], flush=True)
     for row in rows:

@@ -32,15 +32,35 @@ def config():
 """
 
 
-def compiled(folder, dit, mesh):
-    """The command's row for a training step on v5e-64, crops of 512 pixels, with these settings of DiT and mesh."""
+# What restores in it: the networks of a tiny model, all but the heads' channels, in bfloat16.
+TINY = """
+import dataclasses
+from zipir_jax.config import MODELS, DataConfig, TrainConfig
+
+def config():
+    tiny = MODELS["tiny"]
+    dit = dataclasses.replace(
+        tiny.dit, layers=2, width=256, heads=2, text_width=64, compute_dtype="bfloat16"
+    )
+    return TrainConfig(stage="dit", model=dataclasses.replace(tiny, dit=dit), data=DataConfig(batch_size=64))
+"""
+
+
+def compiled(folder, config, *options):
+    """The command's rows for a config's text."""
     file, output = folder / "config.py", folder / "compile.json"
-    file.write_text(CONFIG.format(dit=dit, mesh=mesh))
-    options = f"compile --hardware v5e-64 --training-sides 512 --config {file} --output {output}"
-    command = [sys.executable, "-m", "zipir_jax.benchmark", *options.split()]
+    file.write_text(config)
+    options = (*options, "--config", str(file), "--output", str(output))
+    command = [sys.executable, "-m", "zipir_jax.benchmark", "compile", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads(output.read_text())["programs"]
+    return json.loads(output.read_text())["programs"]
+
+
+def training(folder, dit, mesh):
+    """The row of a training step on v5e-64, crops of 512 pixels, with these settings of DiT and mesh."""
+    options = "--hardware", "v5e-64", "--training-sizes", "512"
+    (row,) = compiled(folder, CONFIG.format(dit=dit, mesh=mesh), *options)
     return row
 
 
@@ -48,7 +68,7 @@ def compiled(folder, dit, mesh):
 def test_each_chip_has_its_share_of_the_state(tmp_path):
     """Of two layers at a quarter of the width, with heads of as many channels as are shipped: a minute's compiling."""
     dit = {"layers": 2, "width": 512, "heads": 4, "text_width": 512}
-    row = compiled(tmp_path, dit, mesh={})
+    row = training(tmp_path, dit, mesh={})
     model = MODELS["paper"]
     groups = abstract_weights(dataclasses.replace(model, dit=dataclasses.replace(model.dit, **dit)))
     state = 16 * count_params(groups["dit"])  # float32 parameters, their average, two moments
@@ -63,9 +83,26 @@ def test_each_chip_has_its_share_of_the_state(tmp_path):
 
 @with_libtpu
 def test_a_state_that_is_not_divided_does_not_fit(tmp_path):
-    row = compiled(tmp_path, {"layers": 24}, mesh={"data": 0, "fsdp": 1})
+    row = training(tmp_path, {"layers": 24}, mesh={"data": 0, "fsdp": 1})
     assert not row["fits"]
     assert "15.75G" in row["refusal"]  # as the compiler names what a chip has
+
+
+@with_libtpu
+def test_one_chip_restores_within_what_is_planned(tmp_path):
+    rows = compiled(tmp_path, TINY, "--hardware", "v5e", "--sizes", "256")
+    assert [row["program"] for row in rows] == ["encode", "denoise", "denoise, static", "decode"]
+    for row in rows:
+        assert row["fits"] and row["attention"] == "splash"
+        assert row["arguments"] < row["total"] < row["planned"]
+
+
+@with_libtpu
+def test_a_training_step_encodes_its_images(tmp_path):
+    options = "--hardware", "v6e-64", "--training-sizes", "128"
+    (row,) = compiled(tmp_path, TINY, *options)
+    (cached,) = compiled(tmp_path, TINY.replace("DataConfig(", "DataConfig(latents='latents', "), *options)
+    assert row["temporaries"] > cached["temporaries"]
 
 
 def test_only_known_hardware_is_compiled_for(monkeypatch):

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 def test_a_step_is_timed_on_crops_of_a_size(call, tmp_path):
     output, config = tmp_path / "train.json", "configs/dit_3b_tiny.py"
-    options = "--config", config, "--sides", 64, "--batch-size", 4, "--accumulate", 2, "--repeats", 1
+    options = "--config", config, "--sizes", 64, "--batch-size", 4, "--accumulate", 2, "--repeats", 1
     status, out, err = call(benchmark.main, "train", *options, "--output", output)
     assert status == 0, err
     (row,) = json.loads(output.read_text())["rows"]
@@ -35,6 +35,6 @@ def test_a_step_is_timed_on_crops_of_a_size(call, tmp_path):
     ],
 )
 def test_what_cannot_be_trained_is_refused(call, options, message):
-    status, _, err = call(benchmark.main, "train", "--sides", 64, *options)
+    status, _, err = call(benchmark.main, "train", "--sizes", 64, *options)
     assert status == 2
     assert message in err
