@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 SCALE ?= 4
+PARALLEL = --numprocesses logical --maxprocesses 4 --dist worksteal
 export INPUT OUTPUT SCALE PHOTOS  # read from the environment, so that a path may hold spaces and quotes
 
 .PHONY: restore test test-compile train-tiny clean
@@ -24,12 +25,12 @@ test: .venv/.installed test-compile
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/lint-imports
-	.venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+	.venv/bin/python -m pytest $(PARALLEL)
 
 # libtpu is there for Linux on x86-64 alone.
 ifeq ($(shell uname -sm),Linux x86_64)
 test-compile: .venv-compile/.installed
-	.venv-compile/bin/python -m pytest tests/measure/test_compile.py
+	.venv-compile/bin/python -m pytest $(PARALLEL) tests/measure/test_compile.py
 endif
 
 TINY_STAGES = lpvae_coarse lpvae_fine_512 lpvae_fine_1k dit_3b dit_0p68b pixel_decoder

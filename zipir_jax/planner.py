@@ -35,9 +35,10 @@ TEXT_BLOCK = 128
 # needed for what convolutions try out and for gaps between arrays.
 CPU_SHARE, SHARE = 0.5, 0.9
 CGROUP = Path("/sys/fs/cgroup")  # of Linux: the memory that a container may use
-# Measured on XLA's accounts: arrays of all tokens that are alive at once in a block, on a CPU and on a GPU (9.5 to 12
-# for an A100 and an H100), and arrays of the logits of a block of queries.
-LIVE_TOKENS_CPU, LIVE_TOKENS = 8, 12.5
+# Measured on XLA's accounts: arrays of all tokens that are alive at once in a block (9.5 to 12 on an A100 and an H100,
+# 17.3 on a v6e), copies of what static LQ tokens are read as, and arrays of the logits of a block of queries.
+LIVE_TOKENS = {"cpu": 8, "gpu": 12.5, "tpu": 18}
+LQ_COPIES = {"cpu": 1, "gpu": 1, "tpu": 2}
 LIVE_LOGITS = 2
 # float32 copies of the picture that a restoration has in a CPU's memory: enlarged, padded, restored.
 HOST_IMAGES = 4
@@ -221,8 +222,7 @@ def denoise_bytes(
     moving = pictures * branches * noisy * (1 if static else 2)  # tokens that the blocks change
     # CPUs have no bfloat16 of their own.
     value = 4 if platform == "cpu" else jnp.dtype(config.compute_dtype).itemsize
-    live = LIVE_TOKENS_CPU if platform == "cpu" else LIVE_TOKENS
-    tokens = int(live * moving * config.width * value)
+    tokens = int(LIVE_TOKENS[platform] * moving * config.width * value)
     logits = 0
     if config.attention == "xla":
         logits = LIVE_LOGITS * min(LARGEST_LOGITS, 4 * config.heads * moving * 2 * noisy)
@@ -232,5 +232,5 @@ def denoise_bytes(
         keys_values = 2 * config.layers * config.width * value
         text = pictures * branches * text_tokens * (keys_values + 4 * config.text_width)
     if static:
-        lq = pictures * 2 * config.layers * noisy * config.width * value
+        lq = LQ_COPIES[platform] * pictures * 2 * config.layers * noisy * config.width * value
     return tokens + logits + layer + text + lq
