@@ -56,24 +56,24 @@ def test_the_dit_needs_less_memory_for_the_same_gradients(random_params):
     assert_same_gradients(programs, params)
 
 
-def test_a_kernel_of_attention_does_not_run_again(monkeypatch, random_params):
-    """With remat "attention"; with "full" it does. Traced only: the kernel is a TPU's."""
+def test_of_a_kernel_of_attention_a_layer_keeps_the_result_and_a_number_a_query(monkeypatch, random_params):
+    """With remat "attention", beside its input, which "full" keeps alone. Traced only: the kernel is a TPU's."""
     monkeypatch.setattr("zipir_jax.models.attention.check_implementation", lambda *_: None)
-    config = DiTConfig(layers=2, width=128, heads=2, text_width=0, attention="splash")
+    config = DiTConfig(layers=3, width=128, heads=2, text_width=16, attention="splash")
     params = random_params(DiT, config)
-    latent = jnp.ones((1, 8, 8, 64))
+    latent, text = jnp.ones((1, 8, 8, 64)), jnp.ones((1, 128, 16))
 
-    def kernels(remat):
+    def kept(remat):
         def loss(params):
             dit = bind(DiT, dataclasses.replace(config, remat=remat), params)
-            return dit(latent, jnp.array([3]), latent).sum()
+            return dit(latent, jnp.array([3]), latent, text).sum()
 
-        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("= pallas_call[")
+        _, backward = jax.eval_shape(lambda params: jax.vjp(loss, params), params)
+        return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(backward))
 
-    assert (
-        kernels("none") == kernels("attention") == 3
-    )  # forward, and one each for queries and for keys and values
-    assert kernels("full") == 4
+    queries, attentions = 2 * 8 * 8, 2  # to all tokens and to the text
+    result, log_sum = 128 * 2, 2 * 4  # bytes of a query: bfloat16 channels, a float32 for each head
+    assert kept("attention") - kept("full") == 3 * attentions * queries * (result + log_sum)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ def attention(
     `key_lengths` counts the valid keys of each batch item, at least one; the rest are padding. Raises ValueError for
     another name, and for a kernel on devices, those of the mesh in effect or else of jax's default backend, or dtypes
     that it is not for.
-    For policies of `jax.checkpoint`, the result of "xla" is named "attention"; a kernel is a primitive of its own.
+    For policies of `jax.checkpoint`, what the backward pass reads beside query, key and value is named "attention".
+    What "cudnn" leaves for it has no name, but its kernel is a primitive of its own.
     """
     check_implementation(implementation, query.dtype)
     if implementation == "xla":
@@ -135,6 +136,7 @@ def splash_attention(
         kernel = splash.make_splash_mha_single_device(
             splash_attention_mask.MultiHeadMask([mask] * query.shape[0]),
             block_sizes=blocks,
+            residual_checkpoint_name="attention",
             interpret=interpret,
         )
         if key_lengths is None:

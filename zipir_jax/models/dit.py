@@ -22,14 +22,13 @@ from zipir_jax.parallel import constrain
 ROTARY_BASE = 10_000.0  # longest wavelength of a rotary frequency, in tokens / (2 pi) (Su et al. 2021)
 FREQUENCY_EMBEDDING = 256  # channels of the sinusoidal timestep embedding (Peebles & Xie 2023)
 CLEAN = 0  # timestep of static LQ tokens: like clean latents, they hold no noise
-# The kernels of attention, "cudnn" and "splash". Their backward passes read more than the result: all that they write
-# is kept. Named as well, the result would be kept twice.
-KERNELS = ("dot_product_attention_fwd_wrapper", "pallas_call")
+# cuDNN's kernel of attention, whose backward pass reads more than the result: all that it writes is kept.
+CUDNN = "dot_product_attention_fwd_wrapper"
 REMAT = {  # what is kept of a block for the backward pass, beside its input; all else is computed anew
     # Of the attention, dearest to compute where tokens are many.
     "attention": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.save_only_these_names("attention"),
-        lambda primitive, *_, **__: primitive.name in KERNELS,
+        lambda primitive, *_, **__: primitive.name == CUDNN,
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
