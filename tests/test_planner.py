@@ -62,6 +62,28 @@ def test_what_does_not_fit_whole_runs_in_tiles_that_fit():
     assert max(plan.needs.values()) <= available < whole["decode"]
 
 
+def test_an_accelerators_convolutions_bound_what_runs_at_once_however_much_memory_there_is():
+    paper, memory = MODELS["paper"], 2**45
+    for platform in ("gpu", "tpu"):
+        plan = make_plan(paper, 2048, 2048, available=memory, pictures=4, platform=platform)
+        assert (plan.pictures, plan.encode, plan.decode) == (
+            1,
+            None,
+            None,
+        )  # two have more than 2^31 elements
+        plan = make_plan(paper, 4096, 4096, available=memory, platform=platform)
+        assert plan.encode is not None and plan.decode is not None
+    assert make_plan(paper, 4096, 4096, available=memory, pictures=4, platform="cpu").pictures == 4
+
+
+def test_a_tpu_needs_more_than_a_gpu_for_the_same():
+    on_gpu, on_tpu = (
+        make_plan(MODELS["paper"], 1024, 1024, available=2**45, platform=platform).needs
+        for platform in ("gpu", "tpu")
+    )
+    assert all(on_tpu[phase] > need for phase, need in on_gpu.items())
+
+
 def test_what_fits_in_no_way_is_refused_with_the_largest_size_that_fits():
     available = 100 * MIB
     with pytest.raises(ValueError) as refused:
@@ -133,7 +155,7 @@ def test_denoising_needs_what_is_estimated(model, height, width, branches, dtype
         jax.jit(program).lower(weights, latent, text, negative).compile().memory_analysis().temp_size_in_bytes
     )
     estimated = denoise_bytes(dit, height, width, 1, branches, planner.TEXT_BLOCK, "cpu")
-    assert 0.95 < estimated / used < 1.7
+    assert 0.95 < estimated / used < 2  # jax 0.12 needs less for bfloat16 than 0.10
 
 
 # --------------------------------------------------------------------------------------------------

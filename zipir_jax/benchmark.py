@@ -102,18 +102,19 @@ def latency(
     import jax
 
     from zipir_jax.measure import latency as measure
-    from zipir_jax.measure.report import finish, table
+    from zipir_jax.measure.report import check_any, finish, table
 
     asked = _asked(model, settings, sizes, jax.default_backend(), (1024, 2048), output)
     model, settings, sizes = asked
     if profile is not None:
         check_writable(profile)
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is measured, too
-    rows = []
+    rows, found = [], measure.latency(MODELS[model], settings, sizes, repeats, profile)
     print(f"{model}, {MODELS[model].dit.compute_dtype}\n\n{table([], measure.PHASE_COLUMNS)}")
-    for row in measure.latency(MODELS[model], settings, sizes, repeats, profile):
+    for row in found:
         rows.append(row)
         print(measure.phases_line(row), flush=True)
+    check_any(rows)
     print(f"\nProducts of large matrices: {rows[0]['matmul_flops_per_second'] / 1e12:.4g} TFLOP/s")
     print(f"\nTable 3 of the paper:\n\n{measure.papers_table(rows, model)}")
     finish(output, {"model": model, "rows": rows})
@@ -141,7 +142,7 @@ def train(
     """
     from zipir_jax.measure import training as measure
     from zipir_jax.measure.programs import square_crops
-    from zipir_jax.measure.report import finish
+    from zipir_jax.measure.report import check_any, finish
     from zipir_jax.measure.timing import check_repeats, default_platform, in_own_process
     from zipir_jax.models.attention import fastest
 
@@ -161,8 +162,7 @@ def train(
         square_crops(asked, side)  # refuses what cannot be trained
     # Each size in a process of its own: what one needed does not count for the next.
     rows = [{"side": side} | in_own_process(measure.training_seconds, asked, side, repeats) for side in sizes]
-    if all("error" in row for row in rows):
-        raise ValueError(rows[0]["error"])
+    check_any(rows)
     print(measure.training_table(rows))
     finish(output, {"config": str(config), "attention": attention, "rows": rows})
 
@@ -179,12 +179,12 @@ def memory(
     Args:
         model: preset of config.py; not given: small on a CPU, else paper
         settings: as of `latency`
-        sizes: as of `latency`
+        sizes: pixels, sides of the image; () = 1024, 2048, 4096 and, where there is an accelerator, 8192
         memory_gib: as of `sample`
         output: JSON file to write
     """
     from zipir_jax.measure import memory as measure
-    from zipir_jax.measure.report import finish
+    from zipir_jax.measure.report import check_any, finish
     from zipir_jax.measure.timing import default_platform, in_own_process
 
     asked = _asked(model, settings, sizes, default_platform(), (1024, 2048, 4096), output)
@@ -196,6 +196,7 @@ def memory(
         rows.append({"setting": setting, "side": size} | row)
         how = [f"did not run: {row['error']}"] if "error" in row else row["plan"]
         print("\n".join([f"{size} x {size} pixels, {setting}:", *how]), flush=True)
+    check_any(rows)
     print(f"\n{model}; of each phase planned / compiled, beside the weights:\n\n{measure.memory_table(rows)}")
     finish(output, {"model": model, "rows": rows})
 
@@ -289,7 +290,7 @@ def compile_programs(
     os.environ |= topologies.ENVIRONMENT  # before jax is imported
     from zipir_jax.measure import compile as measure
     from zipir_jax.measure.programs import check_side, square_crops
-    from zipir_jax.measure.report import finish, table
+    from zipir_jax.measure.report import finish, line, table
 
     if output is not None:
         check_writable(output.parent)
@@ -301,10 +302,10 @@ def compile_programs(
     print(f"{measure.NOTE}\n\n{table([], measure.COLUMNS)}")
     for name in hardware or topologies.HARDWARE:
         several = topologies.device_count(name) > 1
-        for program in measure.PROGRAMS[:1] if several else measure.PROGRAMS[1:]:
+        for program in ("train",) if several else measure.RESTORING:
             for side in training_sizes if several else sizes:
                 rows.append(measure.measure(program, loaded, name, side))
-                print(table([measure.cells(rows[-1])], measure.COLUMNS).splitlines()[-1], flush=True)
+                print(line(measure.cells(rows[-1]), measure.COLUMNS), flush=True)
     for row in rows:
         if row["refusal"]:
             print(f"\n{row['program']} at {row['side']} pixels on {row['hardware']}: {row['refusal']}")

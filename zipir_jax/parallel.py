@@ -121,6 +121,12 @@ def mesh_parts(axis: str) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
 
 
+def platform() -> str:
+    """Of the devices of the mesh in effect or, without one, of jax's default ones: "cpu", "gpu" or "tpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _spec(axes):
     return P(*(MESH_AXES.get(axis) for axis in axes))
 

@@ -102,9 +102,7 @@ def available_memory() -> int:
     try:
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         details = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        used -= int(
-            details["inactive_file"]
-        )  # pages of files that were read, which are given up when memory is short
+        used -= int(details["inactive_file"])  # of files that were read: given up when memory is short
         free = min(free, max(0, limit - used))
     except (OSError, ValueError, KeyError):  # not on Linux, not in a container, or one without a limit
         pass

@@ -112,10 +112,16 @@ def test_the_dit_costs_what_xla_counts(monkeypatch, model, changes, text_tokens,
         program = jax.jit(lambda p, *args, **kwargs: method(bind(DiT, config, p), *args, **kwargs))
         return program.lower(params, *inputs, **kwargs).cost_analysis()["flops"]
 
+    # What the last layer makes of static LQ tokens, beyond their keys and values, nobody reads. A scan makes it all the
+    # same; of unrolled layers jax 0.12 leaves it out before XLA counts.
+    unread = 0
+    if config.lq_attention == "static" and jax.__version_info__ >= (0, 12):
+        lq, d, weights = height * width, config.width, 4 + (3 if config.swiglu else 2) * config.mlp_ratio
+        unread = 2 * lq * (weights - 2) * d**2 + 4 * lq**2 * d
     # The softmax goes by element: the narrower the heads, the larger its share.
     size = (height, width, text_tokens)
     training = counted(DiT.__call__, latent, timesteps, latent, **text)
-    assert dit_flops(config, *size) == pytest.approx(training, rel=0.01)
+    assert dit_flops(config, *size) - unread == pytest.approx(training, rel=0.01)
     condition = jax.eval_shape(
         lambda p, lq, **text: bind(DiT, config, p).read(lq, **text), params, latent, **text
     )
@@ -123,7 +129,8 @@ def test_the_dit_costs_what_xla_counts(monkeypatch, model, changes, text_tokens,
     assert dit_step_flops(config, *size) == pytest.approx(step, rel=0.01)
     # Where there is little to read, the casts of the kernels, which XLA counts, are a share of it.
     if text_tokens > 100 or config.lq_attention == "static":
-        assert dit_read_flops(config, *size) == pytest.approx(counted(DiT.read, latent, **text), rel=0.01)
+        reading = counted(DiT.read, latent, **text)
+        assert dit_read_flops(config, *size) - unread == pytest.approx(reading, rel=0.01)
 
 
 def test_the_papers_networks_cost_what_is_known():

@@ -23,16 +23,16 @@ from zipir_jax.models.attention import fastest
 from zipir_jax.planner import TooLargeError, device_share, make_plan
 
 STATIC = "denoise, static"  # with static LQ tokens, else joint ones
-PROGRAMS = ("train", "encode", "denoise", STATIC, "decode")
+RESTORING = ("encode", "denoise", STATIC, "decode")
 # Images of a micro-batch that a device computes at a time, at most, and the pixels of a side above which it is one;
 # `accumulate` follows.
 IMAGES, LARGE = 2, 2048
 NOTE = (
     "Compiled, not run: GiB on each device. Training: a global batch of 128 square crops from images, in as many micro-"
     f"batches as leave a device {IMAGES} of them, or 1 above {LARGE} pixels; restoring: one picture, weights in "
-    "bfloat16, 25 steps with guidance, in the tiles that the planner chooses, which expects what is planned. "
-    f"Attention: splash on TPUs, cudnn on GPUs. A GPU has {GPU_SHARE:.0%} of its memory, which is what jax takes of it "
-    "by default; a TPU what its compiler gives away."
+    "bfloat16, 25 steps with guidance, in the tiles that the planner chooses for the device; planned is what it "
+    f"expects. A GPU has {GPU_SHARE:.0%} of its memory, which is what jax takes of it by default; a TPU what its "
+    "compiler gives away."
 )
 COLUMNS = {
     "program": "{program}",
@@ -50,13 +50,13 @@ COLUMNS = {
 }
 
 
-def training_step(config: TrainConfig, mesh: Mesh, side: int) -> tuple[jax.stages.Compiled, int, None]:
+def training_step(config: TrainConfig, mesh: Mesh, side: int) -> tuple[jax.stages.Compiled, int]:
     """The step of `training.loop` on square crops, encoding included, compiled for the devices of a mesh.
 
-    And the bytes that each of them has of state, frozen networks and batch. Nothing plans its memory.
+    And the bytes that each of them has of state, frozen networks and batch.
     """
     given = training_arguments(config, mesh), training_batch(config, mesh, side)
-    return training_program(config, mesh, side), _bytes(given), None
+    return training_program(config, mesh, side), _bytes(given)
 
 
 def sampling_program(
@@ -87,7 +87,7 @@ def sampling_program(
 
 
 def measure(program: str, config: TrainConfig, hardware: str, side: int) -> dict:
-    """A row of the report: bytes that one of PROGRAMS needs on each device.
+    """A row of the report: bytes that a program, "train" or one of RESTORING, needs on each device.
 
     Arguments are all that is on the device meanwhile, read by the program or not; with what is returned they live as
     long as the program, and what is returned into donated arguments counts once. The rest as of `program_bytes`. Where
@@ -111,7 +111,8 @@ def measure(program: str, config: TrainConfig, hardware: str, side: int) -> dict
     try:
         if training:
             mesh = parallel.make_mesh(config.mesh, absent)
-            compiled, held, planned = training_step(config, mesh, side)
+            compiled, held = training_step(config, mesh, side)
+            planned = None  # nothing plans its memory
         else:
             mesh, phase = parallel.make_mesh(MeshConfig(), absent), program.partition(",")[0]
             compiled, held, planned = sampling_program(phase, config.model, mesh, side, row["usable"])
@@ -123,8 +124,8 @@ def measure(program: str, config: TrainConfig, hardware: str, side: int) -> dict
         row |= {"refusal": refusal(str(error))}
     else:
         sizes = program_bytes(compiled)
-        unread = held - sizes["arguments"]
-        sizes |= {"arguments": held, "total": sizes["total"] + unread, "planned": planned}
+        unread = max(0, held - sizes["arguments"])
+        sizes |= {name: sizes[name] + unread for name in ("arguments", "total")} | {"planned": planned}
     row |= sizes | {"fits": sizes["total"] is not None and sizes["total"] <= row["usable"]}
     return row | {"seconds": time.monotonic() - began}
 

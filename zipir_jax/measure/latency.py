@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from zipir_jax.config import DataConfig, ModelConfig, SamplingConfig
-from zipir_jax.measure.report import table
+from zipir_jax.measure.report import line, table
 from zipir_jax.measure.timing import cheap_weights, check_repeats, denoise_seconds, median_seconds
 from zipir_jax.models.attention import fastest
 from zipir_jax.models.flops import dit_step_flops
@@ -157,7 +157,12 @@ def latency(
     anything is.
     """
     check_repeats(repeats)
-    variants = {setting: with_setting(config, setting) for setting in settings}
+    return _rows(
+        config, {setting: with_setting(config, setting) for setting in settings}, sides, repeats, profile
+    )
+
+
+def _rows(config, variants, sides, repeats, profile):
     rate = matmul_rate(config.dit.compute_dtype, repeats)
     weights = cheap_weights(config)
     for (setting, variant), side in itertools.product(variants.items(), sides):
@@ -185,7 +190,7 @@ def phases_line(row: dict) -> str:
     """The line of a row of `latency` under PHASE_COLUMNS, or what went wrong."""
     if "error" in row:
         return f"{row['side']} x {row['side']} pixels, {row['setting']}, did not run: {row['error']}"
-    return table([row | {"milliseconds": 1e3 * row["step"]}], PHASE_COLUMNS).splitlines()[-1]
+    return line(row | {"milliseconds": 1e3 * row["step"]}, PHASE_COLUMNS)
 
 
 def papers_table(rows: list[dict], model: str) -> str:

@@ -11,11 +11,10 @@ from jax.sharding import Mesh
 from zipir_jax import parallel, restorer
 from zipir_jax.config import ModelConfig, SamplingConfig, TrainConfig
 from zipir_jax.data.buckets import Bucket
-from zipir_jax.data.pipeline import batch_shapes
 from zipir_jax.metrics.fidelity import load_lpips
 from zipir_jax.models.lp_vae import FACTOR
 from zipir_jax.planner import TEXT_BLOCK, Plan
-from zipir_jax.training.loop import check, compile_step
+from zipir_jax.training.loop import abstract_batch, check, compile_step
 from zipir_jax.training.losses import lpips_net
 from zipir_jax.training.stages import STAGES
 from zipir_jax.training.state import create_state
@@ -60,15 +59,9 @@ def training_arguments(config: TrainConfig, mesh: Mesh) -> tuple[dict, dict]:
 
 
 def training_batch(config: TrainConfig, mesh: Mesh, side: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch of a step on crops of side x side pixels, divided over the devices, with the "wishes" of the hosts."""
+    """The batch of a step on crops of side x side pixels, as `training.loop.abstract_batch`."""
     config, bucket = square_crops(config, side)
-    shapes = batch_shapes(config.data, bucket, STAGES[config.stage].DEGRADED, config.model.dit)
-    shapes["wishes"] = (parallel.batch_parts(mesh),), jnp.int32
-    placed = parallel.batch_shardings(mesh, {name: shape for name, (shape, _) in shapes.items()})
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed[name])
-        for name, (shape, dtype) in shapes.items()
-    }
+    return abstract_batch(config, mesh, bucket)
 
 
 def training_program(config: TrainConfig, mesh: Mesh, side: int) -> jax.stages.Compiled:

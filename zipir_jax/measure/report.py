@@ -12,9 +12,19 @@ from zipir_jax.files import replacing
 
 def table(rows: list[dict], columns: dict[str, str]) -> str:
     """A Markdown table. columns: the heading of each, and how a row (a dict) fills it, as `str.format` takes it."""
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(pattern.format(**row) for pattern in columns.values())} |" for row in rows]
-    return "\n".join(lines)
+    head = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return "\n".join(head + [line(row, columns) for row in rows])
+
+
+def line(row: dict, columns: dict[str, str]) -> str:
+    """A row of `table`."""
+    return f"| {' | '.join(pattern.format(**row) for pattern in columns.values())} |"
+
+
+def check_any(rows: list[dict]) -> None:
+    """Raises ValueError where every row has an "error" in place of figures."""
+    if all("error" in row for row in rows):
+        raise ValueError(f"nothing could be measured: {rows[0]['error']}")
 
 
 def command() -> str:

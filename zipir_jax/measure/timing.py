@@ -27,9 +27,8 @@ def cheap_params(module_class, config, dtype: str) -> dict:
 
     def draw(path, leaf):
         if path[-1].key == "kernel":
-            inputs = (
-                math.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[-2]
-            )  # of a convolution, else linear
+            # Of a convolution, else of a linear layer.
+            inputs = math.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[-2]
             values = (jax.random.normal(jax.random.key(0), leaf.shape[-2:]) / inputs**0.5).astype(dtype)
         else:
             values = jnp.float32(1) if path[-1].key == "scale" else jnp.zeros((), dtype)

@@ -15,6 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Float, Int
 
 from zipir_jax.parallel import MESH_AXES, mesh_parts
+from zipir_jax.parallel import platform as current_platform
 
 # Bytes of float32 logits that one device holds at a time with "xla"; larger ones are further from a CPU's caches.
 LARGEST_LOGITS = 64 * 2**20
@@ -59,8 +60,7 @@ def check_implementation(implementation: str, dtype: jnp.dtype | str) -> None:
         )
     if implementation == "xla":
         return
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
+    platform = current_platform()
     if platform not in PLATFORMS[implementation]:
         needed = PLATFORMS[implementation][0]
         raise ValueError(f"{implementation} attention runs on {needed}, not on {platform}; xla runs anywhere")

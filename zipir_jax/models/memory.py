@@ -124,8 +124,9 @@ def choose_tiling(
     budget: int,
     platform: str = "cpu",
 ) -> Tiling | None:
-    """The tiling with the least work whose `resident_bytes` are within `budget` bytes and whose arrays are not too
-    large; None: the whole image is so.
+    """The tiling with the least work within `budget` bytes (`resident_bytes`); None: the whole image at once.
+
+    No array may be too large for the platform (`is_too_large`).
 
     Where none is, the one that needs least. cost: `encode_cost`, `decode_cost` or `pixel_decode_cost`; height and width
     in pixels, multiples of 32.

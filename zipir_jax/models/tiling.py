@@ -84,9 +84,8 @@ def spoilt_by_decoder(config: AutoencoderConfig, scales: int, skips: Sequence[in
         if skips is not None:
             rows = max(rows, skips[scale]) + 2
         rows += 2 * config.blocks_per_scale
-    for _ in range(
-        config.patch.bit_length() - 1
-    ):  # where pixels enter, no more than one row is spoilt by them
+    # Where pixels enter, no more than one row is spoilt by them.
+    for _ in range(config.patch.bit_length() - 1):
         rows = _after_bilinear(rows) + 1
     return rows + 1
 

@@ -10,9 +10,9 @@ from tqdm import tqdm
 from zipir_jax import parallel
 from zipir_jax.config import TrainConfig
 from zipir_jax.data.latents import CachedLatents, write_latents
-from zipir_jax.models.lp_vae import encode
 from zipir_jax.training.checkpoint import encoder_digest
 from zipir_jax.training.loop import load_pretrained, open_data, training_batches
+from zipir_jax.training.stages.dit import latents
 
 
 def cache_latents(config: TrainConfig, output: Path, batches: int) -> int:
@@ -30,13 +30,14 @@ def cache_latents(config: TrainConfig, output: Path, batches: int) -> int:
     data = training_batches(config, source, None, mesh)
     names = ("statistics", "coarse_encoder", "fine_encoder")
     weights = parallel.put({name: pretrained[name] for name in names}, parallel.replicated(mesh))
-    encoder = jax.jit(lambda weights, image: encode(weights, config.model.lp_vae, image))
+    encoder = jax.jit(lambda weights, images: latents(config, weights, images))
 
     def items():
         for batch in tqdm(itertools.islice(data, batches), total=batches, unit="batch"):
             arrays = parallel.put_batch(mesh, batch)
-            latents = [np.asarray(encoder(weights, arrays[name])) for name in ("image", "lq")]
-            for latent, lq_latent, index in zip(*latents, data.indices, strict=True):
+            with jax.set_mesh(mesh):
+                found = encoder(weights, {name: arrays[name] for name in ("image", "lq")})
+            for latent, lq_latent, index in zip(*map(np.asarray, found), data.indices, strict=True):
                 yield latent, lq_latent, source.caption(int(index))
 
     write_latents(output, items(), repr(source), encoder_digest(pretrained))

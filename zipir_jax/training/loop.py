@@ -342,19 +342,24 @@ def compile_step(
         state, metrics = train_step(config, adversarial, state, frozen, batch)
         return state, metrics | {"wish": wishes.max()}
 
-    arrays = batch_shapes(config.data, bucket, STAGES[config.stage].DEGRADED, config.model.dit)
-    arrays["wishes"] = ((parallel.batch_parts(mesh),), np.int32)
-    shardings = parallel.batch_shardings(mesh, {name: shape for name, (shape, _) in arrays.items()})
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
-        for name, (shape, dtype) in arrays.items()
-    }
+    batch = abstract_batch(config, mesh, bucket)
     wishes = batch.pop("wishes")
     out = jax.tree.map(lambda x: x.sharding, state), parallel.replicated(mesh)
     with jax.set_mesh(mesh):
         return (
             jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, frozen, batch, wishes).compile()
         )
+
+
+def abstract_batch(config: TrainConfig, mesh, bucket: Bucket) -> dict[str, jax.ShapeDtypeStruct]:
+    """A bucket's batch and the "wishes" of the hosts that come with it, as they are divided over the devices."""
+    arrays = batch_shapes(config.data, bucket, STAGES[config.stage].DEGRADED, config.model.dit)
+    arrays["wishes"] = ((parallel.batch_parts(mesh),), np.int32)
+    shardings = parallel.batch_shardings(mesh, {name: shape for name, (shape, _) in arrays.items()})
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
+        for name, (shape, dtype) in arrays.items()
+    }
 
 
 @contextlib.contextmanager

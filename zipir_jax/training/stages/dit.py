@@ -15,10 +15,12 @@ from zipir_jax.models.layers import bind, init_params
 from zipir_jax.models.lp_vae import FACTOR, decode, encode, whiten
 from zipir_jax.models.memory import choose_tiling, encode_cost, resident_bytes
 from zipir_jax.models.tiling import Tiling
-from zipir_jax.parallel import constrain, mesh_parts
+from zipir_jax.parallel import constrain, mesh_parts, platform
 from zipir_jax.restorer import denoise_latent
 
-ENCODED_PIXELS = 2**22  # of the images that a device encodes at a time; larger ones are encoded in tiles
+# Of the images that a device encodes at a time; larger ones are encoded in tiles. 2048 x 2048 and, as the sides of
+# crops are rounded to multiples of 64, 5 % more.
+ENCODED_PIXELS = int(1.05 * 2**22)
 DEGRADED = True
 MAKES = ("dit",)
 
@@ -36,7 +38,7 @@ def text_of(batch: dict) -> dict:
     return {name: batch[name] for name in ("text", "text_lengths") if name in batch}
 
 
-def _latents(config, frozen, batch):
+def latents(config: TrainConfig, frozen: dict, batch: dict) -> tuple[Array, Array]:
     """The latents of the clean and of the degraded images, encoded here or beforehand.
 
     Each device encodes one image after another, or as many at a time as have ENCODED_PIXELS: what the encoders hold of
@@ -53,18 +55,21 @@ def _latents(config, frozen, batch):
     turns = images.reshape(2, parts, images_of_part // together, together, height, width, channels)
     turns = turns.swapaxes(1, 2).reshape(-1, parts * together, height, width, channels)
     vae, tiling = config.model.lp_vae, _tiling(config.model.lp_vae, height, width)
-    latents = jax.lax.map(lambda x: encode(frozen, vae, x, tiling), constrain(turns, None, "batch"))
-    latents = latents.reshape(2, -1, parts, together, *latents.shape[2:]).swapaxes(1, 2)
-    return tuple(latents.reshape(2, count, *latents.shape[4:]))
+    found = jax.lax.map(lambda x: encode(frozen, vae, x, tiling), constrain(turns, None, "batch"))
+    found = found.reshape(2, -1, parts, together, *found.shape[2:]).swapaxes(1, 2)
+    return tuple(found.reshape(2, count, *found.shape[4:]))
 
 
 def _tiling(vae: LPVAEConfig, height: int, width: int) -> Tiling | None:
-    """Of images of more than ENCODED_PIXELS, that which needs as much memory as one of so many."""
-    if height * width <= ENCODED_PIXELS:
+    """Of images of more than ENCODED_PIXELS, that which needs as much memory as one of so many.
+
+    Not of those whose height is divided over devices: tiles along it would gather it.
+    """
+    if height * width <= ENCODED_PIXELS or mesh_parts("height") > 1:
         return None
-    side, platform = math.isqrt(ENCODED_PIXELS) // FACTOR * FACTOR, jax.default_backend()
-    budget = resident_bytes(encode_cost(vae, side, side, None, platform), platform)
-    return choose_tiling(encode_cost, vae, height, width, budget, platform)
+    side = math.isqrt(ENCODED_PIXELS) // FACTOR * FACTOR
+    budget = resident_bytes(encode_cost(vae, side, side, None, platform()), platform())
+    return choose_tiling(encode_cost, vae, height, width, budget, platform())
 
 
 def gradients(
@@ -76,9 +81,7 @@ def gradients(
         x = jnp.repeat(x, config.noise_draws, 0)
         return constrain(x, "batch", *[None] * (x.ndim - 1))
 
-    clean, lq = (
-        condition(whiten(latent, frozen["statistics"])) for latent in _latents(config, frozen, batch)
-    )
+    clean, lq = (condition(whiten(latent, frozen["statistics"])) for latent in latents(config, frozen, batch))
     text = jax.tree.map(condition, text_of(batch))
     timesteps = logit_normal_timesteps(timestep_key, (clean.shape[0],), config.model.diffusion)
     schedule = linear_schedule(config.model.diffusion)
@@ -105,7 +108,7 @@ def preview(config: TrainConfig, generator: dict, frozen: dict, batch: dict, key
     Degraded image first, clean image last; cached latents come without them.
     """
     weights, vae = frozen | generator, config.model.lp_vae
-    clean, lq = _latents(config, frozen, batch)
+    clean, lq = latents(config, frozen, batch)
     keys = jax.random.split(key, lq.shape[0])
     sampled = denoise_latent(weights, config.model, SamplingConfig(), lq, keys, text_of(batch))
     columns = [decode(weights, vae, latent) for latent in (lq, sampled, clean)]
