@@ -1,7 +1,7 @@
 # make restore                          restore a test photograph and score the result
 # make restore INPUT=photo.jpg SCALE=4  restore a photograph or a folder; OUTPUT=file or folder, ARGS="--overwrite ..."
 # make test                             all checks
-# make test-compile                     compile a training step for TPUs that are not there (part of make test)
+# make test-compile                     compile training and restoring for TPUs that are not there (part of make test)
 # make train-tiny PHOTOS=folder         train every stage on two CPU cores in 20 minutes, into runs/tiny
 # make clean                            remove .venv and caches
 
