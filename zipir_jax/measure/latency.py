@@ -70,7 +70,7 @@ def with_setting(config: ModelConfig, setting: str) -> ModelConfig:
     Raises ValueError for a setting that is not among SETTINGS, or that guides a model without text.
     """
     if setting not in SETTINGS:
-        raise ValueError(f"setting {setting!r} is not one of: {', '.join(SETTINGS)}")
+        raise ValueError(f"setting {setting!r} is not one of: {', '.join(map(repr, SETTINGS))}")
     if SETTINGS[setting]["guided"] and not config.dit.text_width:
         raise ValueError(f"setting {setting!r} needs a model with text")
     attention = fastest(jax.default_backend(), config.dit.compute_dtype)
