@@ -21,16 +21,19 @@ else
 	.venv/bin/python -m zipir_jax.evaluate --photo astronaut --task mixture --pictures output
 endif
 
-test: .venv/.installed test-compile
+test: .venv/.installed
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/lint-imports
 	.venv/bin/python -m pytest $(PARALLEL)
+	$(MAKE) test-compile
 
-# libtpu is there for Linux on x86-64 alone.
 ifeq ($(shell uname -sm),Linux x86_64)
 test-compile: .venv-compile/.installed
 	.venv-compile/bin/python -m pytest $(PARALLEL) tests/measure/test_compile.py
+else
+test-compile:
+	@echo "The compiler for TPUs is there for Linux on x86-64 alone."
 endif
 
 TINY_STAGES = lpvae_coarse lpvae_fine_512 lpvae_fine_1k dit_3b dit_0p68b pixel_decoder

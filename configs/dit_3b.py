@@ -5,8 +5,8 @@ python -m zipir_jax.train --config configs/dit_3b.py --data.sources DIR --data.t
 Crops of 512 to 4096 pixels from 1:4 to 4:1; the paper does not list its buckets. Parameters and optimizer state are
 divided over all devices, of which there may be up to 128; fewer need --accumulate: 8 GPUs 16, so that one crop of 4096
 pixels a device fits. For NVIDIA GPUs; TPUs take --model.dit.attention splash. What a device holds at 1024, 2048 and
-4096 pixels is in docs/results/compile.md; v5e has too little for the last. EMBEDDINGS is a folder as zipir_jax/data/text.py writes it; there is no text
-encoder here yet. Never run at this scale.
+4096 pixels is in docs/results/compile.md; v5e has too little for the last. EMBEDDINGS is a folder as
+zipir_jax/data/text.py writes it; there is no text encoder here yet. Never run at this scale.
 """
 
 import dataclasses
