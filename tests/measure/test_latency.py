@@ -81,7 +81,10 @@ def test_a_size_that_fails_does_not_lose_the_others(monkeypatch, call, tmp_path)
     ("options", "message"),
     [
         (("--model", "huge"), "model 'huge' is not one of: paper, "),
-        (("--model", "tiny", "--settings", "slow"), "setting 'slow' is not one of: 'paper', 'paper, guided', "),
+        (
+            ("--model", "tiny", "--settings", "slow"),
+            "setting 'slow' is not one of: 'paper', 'paper, guided', ",
+        ),
         (("--model", "tiny", "--settings", "fast, guided"), "setting 'fast, guided' needs a model with text"),
         (("--model", "tiny", "--repeats", 0), "repeats 0 is below 1"),
         (("--model", "tiny", "--sizes", 4), "size 4 is below 32"),
