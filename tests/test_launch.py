@@ -121,6 +121,8 @@ def make_launch(root):
             env={"PATH": f"{root}/bin:/usr/bin:/bin", "RESTART_DELAY": "0", "HOME": str(root)} | environment,
             stderr=subprocess.PIPE,
             text=True,
+            # Tests that run in the background of a script were told to ignore it, and what they start would, too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         running.append(process)
         return process
