@@ -115,15 +115,16 @@ def make_launch(root):
 
     def launch(script, plan, *arguments, **environment):
         (root / "plan").write_text(plan)
+        # Tests that run in the background of a script were told to ignore it, and what they start would, too.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             ["bash", LAUNCH / script, *arguments],
             cwd=root,
             env={"PATH": f"{root}/bin:/usr/bin:/bin", "RESTART_DELAY": "0", "HOME": str(root)} | environment,
             stderr=subprocess.PIPE,
             text=True,
-            # Tests that run in the background of a script were told to ignore it, and what they start would, too.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
+        signal.signal(signal.SIGINT, before)
         running.append(process)
         return process
 
