@@ -104,8 +104,7 @@ def latency(
     from zipir_jax.measure import latency as measure
     from zipir_jax.measure.report import check_any, finish, table
 
-    asked = _asked(model, settings, sizes, jax.default_backend(), (1024, 2048), output)
-    model, settings, sizes = asked
+    model, settings, sizes = _asked(model, settings, sizes, jax.default_backend(), (1024, 2048), output)
     if profile is not None:
         check_writable(profile)
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is measured, too
@@ -187,8 +186,7 @@ def memory(
     from zipir_jax.measure.report import check_any, finish
     from zipir_jax.measure.timing import default_platform, in_own_process
 
-    asked = _asked(model, settings, sizes, default_platform(), (1024, 2048, 4096), output)
-    model, settings, sizes = asked
+    model, settings, sizes = _asked(model, settings, sizes, default_platform(), (1024, 2048, 4096), output)
     limit = None if memory_gib is None else int(memory_gib * 2**30)
     rows = []
     for setting, size in itertools.product(settings, sizes):

@@ -105,14 +105,14 @@ def training_table(rows: list[dict]) -> str:
         | {
             "tflops": row["flops_per_second"] / 1e12,
             "mfu": "-" if row["mfu"] is None else f"{row['mfu']:.0%}",
+            "gib": row["memory"] / 2**30,
         }
-        | {"gib": f"{row['memory'] / 2**30:.1f}"}
         for row in rows
         if "error" not in row
     ]
     columns = {"stage": "{stage}", "crop, px": "{side}", "batch": "{batch}", "micro-batches": "{accumulate}"}
     columns |= {"step, s": "{seconds:.3f}", "images/s": "{images_per_second:.2f}", "TFLOP/s": "{tflops:.3g}"}
-    columns |= {"MFU": "{mfu}", "memory, GiB": "{gib}", "compile, s": "{compile:.0f}"}
+    columns |= {"MFU": "{mfu}", "memory, GiB": "{gib:.1f}", "compile, s": "{compile:.0f}"}
     lines = [table(shown, columns)]
     lines += [f"\n{row['side']} pixels did not run: {row['error']}" for row in rows if "error" in row]
     return "\n".join(lines)
