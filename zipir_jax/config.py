@@ -353,11 +353,25 @@ class DiffusionConfig:
     logit_normal_mean: float = 0.0  # of logit(t / T) when timesteps are drawn for training
     logit_normal_std: float = 1.0
     prediction: str = "eps"  # what the DiT predicts: eps (paper) or v, see diffusion/objective.py
+    zero_terminal_snr: bool = (
+        False  # the signal is scaled to end at zero, see diffusion/schedule.py; with v alone
+    )
+    # Probability, in training, that the whitened LQ latent is multiplied by a number drawn uniformly from the range
+    # below it. Weights trained so can be guided away from what a weak LQ latent gives, in the place of no LQ latent at
+    # all (VOSR, Wu et al. 2026, which takes 0.1 and this range); 0 = off.
+    weak_lq_probability: float = 0.0
+    weak_lq: tuple[float, float] = (0.05, 0.25)
 
     def __post_init__(self):
         _check_at_least("train_timesteps", self.train_timesteps, 1)
         _check_range("betas", (self.beta_start, self.beta_end), 0, 1)
         _check_one_of("prediction", self.prediction, ("eps", "v"))
+        if self.zero_terminal_snr and self.prediction != "v":
+            raise ValueError(
+                "zero_terminal_snr needs the prediction v: without any signal, the noise says nothing of the image."
+            )
+        _check_probability("weak_lq_probability", self.weak_lq_probability)
+        _check_range("weak_lq", self.weak_lq, 0, 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -667,6 +681,19 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights within the DiT's loss, all beyond the paper; equations and sources: diffusion/objective.py."""
+
+    min_snr_gamma: float = 0.0  # timesteps are weighted by min(SNR, gamma); Hang et al. take 5; 0 = all alike
+    macro: float = 0.0  # of an extra loss on the macro band, the latent's first 3 channels
+    coarse: float = 0.0  # of an extra loss on macro and coarse band, the first 12
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check_at_least(f"objective.{field.name}", getattr(self, field.name), 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One stage of training, from data to weights."""
 
@@ -679,6 +706,7 @@ class TrainConfig:
     degradation: DegradationConfig = DegradationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     mesh: MeshConfig = MeshConfig()
     steps: int = 50_000
@@ -724,15 +752,41 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How a latent is sampled; the defaults are the paper's (section 4, supplement G)."""
+    """How a latent is sampled; the defaults are the paper's (section 4, supplement G).
 
-    steps: int = 25  # DDIM steps
-    guidance: float = 3.5  # classifier-free guidance; acts only where there is a negative text
-    spacing: str = "trailing"  # of the timesteps: trailing or leading, see diffusion/schedule.py
-    eta: float = 0.0  # 0 = deterministic DDIM, 1 = DDPM's variance
+    A noise level is timestep / train_timesteps: 0 is a clean latent, 1 is noise.
+    """
+
+    sampler: str = "ddim"  # ddim, dpm-solver++ or unipc, see diffusion/samplers.py
+    steps: int = 25  # evaluations of the DiT
+    spacing: str = "trailing"  # of the timesteps: trailing, linspace or leading, see diffusion/schedule.py
+    eta: float = 0.0  # of ddim: 0 = deterministic, 1 = DDPM's variance
+    start: float = 1.0  # noise level to start from; below 1, at the LQ latent with that much noise
+    # Tokens at which the timesteps are as spaced; with more (fewer), they move to more (less) noise; 0 = off.
+    shift_tokens: int = 0
+    # Classifier-free guidance; acts only where there is a negative branch: a negative text, or weak_lq.
+    guidance: float = 3.5
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels at which it acts
+    guidance_rescale: float = 0.0  # share of the guided prediction whose contrast is that of the unguided one
+    # The LQ latent's strength in the negative branch, for weights trained with weak ones; not given: it is all there.
+    weak_lq: float | None = None
+    # How far the low frequencies (macro and coarse band) are pulled to the degraded image's; 0 = off.
+    fidelity: float = 0.0
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps {self.steps} is below 1")
-        _check_one_of("spacing", self.spacing, ("trailing", "leading"))
+        _check_one_of("sampler", self.sampler, ("ddim", "dpm-solver++", "unipc"))
+        _check_at_least("steps", self.steps, 1)
+        _check_one_of("spacing", self.spacing, ("trailing", "linspace", "leading"))
         _check_probability("eta", self.eta)
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta {self.eta:g} is of ddim alone: {self.sampler} adds no noise.")
+        _check_probability("start", self.start)
+        _check_positive("start", self.start)
+        _check_at_least("shift_tokens", self.shift_tokens, 0)
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance {self.guidance} is not a finite number.")
+        _check_range("guidance_interval", self.guidance_interval, 0, 1)
+        _check_probability("guidance_rescale", self.guidance_rescale)
+        if self.weak_lq is not None:
+            _check_probability("weak_lq", self.weak_lq)
+        _check_probability("fidelity", self.fidelity)

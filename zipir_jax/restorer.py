@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Key, UInt8
 
 from zipir_jax.config import ModelConfig, SamplingConfig, check_seed
-from zipir_jax.diffusion.guidance import guided
-from zipir_jax.diffusion.objective import predict_eps
-from zipir_jax.diffusion.samplers import ddim, initial_noise
-from zipir_jax.diffusion.schedule import linear_schedule, spaced_timesteps
+from zipir_jax.diffusion.guidance import faithful, guided
+from zipir_jax.diffusion.objective import add_noise, predict_clean
+from zipir_jax.diffusion.samplers import initial_noise, sample
+from zipir_jax.diffusion.schedule import linear_schedule, sampling_timesteps
 from zipir_jax.imageio import LARGEST_SIDE, resize, to_float, to_uint8
 from zipir_jax.models.attention import check_implementation
 from zipir_jax.models.dit import DiT
@@ -44,31 +44,47 @@ def denoise_latent(
     text: dict | None = None,
     negative_text: dict | None = None,
 ) -> Float32[Array, "b h w c"]:
-    """Latent of the restored image given the degraded image's, by DDIM (paper section 3.2); one `lax.scan`.
+    """Latent of the restored image given the degraded image's (paper section 3.2); the sampler is one `lax.scan`.
 
-    keys: one a picture. text: for a model with text, {"text": [b, l, c], "text_lengths": [b]}; with `negative_text` of
-    the same shapes the guidance acts.
+    keys: one a picture. text: for a model with text, {"text": [b, l, c], "text_lengths": [b]}. The guidance acts with
+    `negative_text`, of the same shapes, and with `sampling.weak_lq`; with both the negative branch has both. Raises
+    ValueError for more steps than the shifted schedule has.
     """
     dit = bind(DiT, config.dit, weights["dit"])
     lq = whiten(lq_latent, weights["statistics"])
-    schedule = linear_schedule(config.diffusion)
+    schedule, prediction = linear_schedule(config.diffusion), config.diffusion.prediction
+    condition, negative = text or {}, negative_text
+    shared = {}
+    # What does not change from step to step is read once; an LQ latent that both branches have, once for both.
+    if sampling.weak_lq is None:
+        shared = dit.read_lq(lq)
+    else:
+        negative = {"lq": sampling.weak_lq * lq} | (condition if negative is None else negative)
+        condition = {"lq": lq} | condition
 
-    def prepare(text):
-        condition = dit.read(lq, **text)  # once: every step uses it
-        predict = functools.partial(dit.denoise, condition=condition)
-        return predict_eps(predict, config.diffusion.prediction, schedule)
+    def prepare(condition):
+        read = dict(shared)
+        if "lq" in condition:
+            read |= dit.read_lq(condition["lq"])
+        if "text" in condition:
+            read |= dit.read_text(condition["text"], condition["text_lengths"])
+        return functools.partial(dit.denoise, condition=read)
 
-    noise = initial_noise(keys, lq_latent.shape[1:])
-    latent = ddim(
-        guided(prepare, sampling.guidance, text or {}, negative_text),
-        keys,
-        noise,
-        schedule,
-        sampling.steps,
-        sampling.spacing,
-        sampling.eta,
-    )
+    predict = guided(prepare, sampling, condition, negative, config.diffusion.train_timesteps)
+    denoise = predict_clean(predict, prediction, schedule)
+    denoise = faithful(denoise, sampling.fidelity, lq, config.lp_vae.coarse.decoder_channels)
+
+    timesteps = sampling_timesteps(schedule, sampling, math.prod(lq.shape[1:3]) // config.dit.patch**2)
+    start = initial_noise(keys, lq.shape[1:])
+    if sampling.start < 1:
+        start = add_noise(lq, start, jnp.full(len(lq), timesteps[0]), schedule)
+    latent = sample(denoise, keys, start, schedule, timesteps, sampling.sampler, sampling.eta)
     return unwhiten(latent, weights["statistics"])
+
+
+def branches_of(sampling: SamplingConfig, has_negative_text: bool) -> int:
+    """How often a step evaluates the DiT: twice where the guidance acts."""
+    return 2 if sampling.guidance != 1 and (has_negative_text or sampling.weak_lq is not None) else 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
@@ -128,7 +144,7 @@ class Restorer:
             check_sampling(self.config, sampling, negative_text is not None)
         check_seed(seed)
         keys = jnp.broadcast_to(jax.random.key(seed), (len(batch),))
-        branches = 0 if not denoise else 1 if negative_text is None or sampling.guidance == 1 else 2
+        branches = branches_of(sampling, negative_text is not None) if denoise else 0
         text_tokens = texts[0]["text"].shape[1] if texts[0] else 0
         plan = self.plan(
             image.shape, scale=scale, size=size, branches=branches, text_tokens=text_tokens, memory=memory
@@ -279,18 +295,32 @@ def check_image(image: np.ndarray) -> bool:
 
 
 def check_sampling(config: ModelConfig, sampling: SamplingConfig, has_negative_text: bool = False) -> None:
-    """Raises ValueError for steps that the model's schedule does not have, or a guidance that would do nothing.
+    """Raises ValueError for steps that the model's schedule does not have, a weak LQ latent that it was not trained
+    with, or settings of a guidance that would do nothing.
 
     The default guidance is no such demand: it waits for the models and texts that it acts on.
     """
-    spaced_timesteps(config.diffusion.train_timesteps, sampling.steps, sampling.spacing)
-    if sampling.guidance != SamplingConfig.guidance and not has_negative_text:
-        reason = (
-            "without a negative text"
-            if config.dit.text_width
-            else "on weights that were trained without text"
-        )
-        raise ValueError(f"guidance {sampling.guidance:g} has no effect {reason}; leave it out")
+    diffusion, weak_lq = config.diffusion, sampling.weak_lq
+    sampling_timesteps(linear_schedule(diffusion), sampling)
+    if weak_lq is not None:
+        if not diffusion.weak_lq_probability:
+            raise ValueError(
+                f"weak_lq {weak_lq:g} is for weights that were trained with weak LQ latents; these were not"
+            )
+        low, high = diffusion.weak_lq
+        if not low <= weak_lq <= high:
+            raise ValueError(
+                f"weak_lq {weak_lq:g} lies outside of {low:g} to {high:g}, which the weights were trained with"
+            )
+    for name in ("guidance", "guidance_interval", "guidance_rescale"):
+        value = getattr(sampling, name)
+        if value != getattr(SamplingConfig, name) and not has_negative_text and weak_lq is None:
+            reason = (
+                "without a negative text"
+                if config.dit.text_width
+                else "on weights that were trained without text"
+            )
+            raise ValueError(f"{name} {value} has no effect {reason}; leave it out")
 
 
 def target_size(

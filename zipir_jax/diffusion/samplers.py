@@ -1,22 +1,51 @@
-"""Samplers: from noise to a clean latent in a few steps. One `lax.scan` each, in float32.
+"""Samplers: from noise to a clean latent in a few steps; one `lax.scan`, in float32.
 
-DDIM (Song et al. 2021, "Denoising Diffusion Implicit Models"), from timestep t to the next one, s < t:
+All are linear in what they have seen: the latents z and the clean latents x = x(z_t, t) that the model predicted. So a
+sampler is a table of numbers, a row for each step from timestep t to the next one, s, that were worked out on the host
+in float64. With signal a = sqrt(abar), noise b = sqrt(1 - abar), and their log ratio l = ln(a / b), rising by
+h = l_s - l_t:
 
-    z_0     = (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)
-    z_s     = sqrt(abar_s) z_0 + sqrt(1 - abar_s - sigma^2) eps + sigma n,  n ~ N(0, 1)        (eq. 12)
-    sigma^2 = eta^2 (1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s)                          (eq. 16)
+DDIM (Song et al. 2021, "Denoising Diffusion Implicit Models", eq. 12 and 16), first order:
+
+    z_s     = a_s x_t + sqrt(b_s^2 - sigma^2) eps_t + sigma n,    eps_t = (z_t - a_t x_t) / b_t,  n ~ N(0, 1)
+    sigma^2 = eta^2 (b_s / b_t)^2 (1 - (a_t / a_s)^2)
 
 eta = 0 is deterministic (the paper's sampler), eta = 1 has the posterior variance of DDPM.
+
+DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2), second order; r is the step before / this step, in l:
+
+    z_s = (b_s / b_t) z_t + (a_s - b_s a_t / b_t) D,    D = x_t + (x_t - x_before) / (2 r)
+
+UniPC (Zhao et al. 2023, "UniPC: A Unified Predictor-Corrector Framework", B_2(h) = e^h - 1), predictor of second order,
+corrector of third: its predictor is the line above, and once the model has seen z_s, x_s corrects it at no cost:
+
+    z_s = (b_s / b_t) z_t + (a_s - b_s a_t / b_t) (x_t + c_1 (x_before - x_t) / r_1 + c_2 (x_s - x_t))
+
+where r_1 = -r and c solves the two conditions of its order (eq. 9 there). The first step has no x_before: c_2 = 1/2.
+The last step, to b_s = 0, is of first order in all three: it returns the predicted clean latent.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Key
+from jaxtyping import Array, Float, Float32, Float64, Int, Key
 
-from zipir_jax.diffusion.schedule import Schedule, spaced_timesteps
+from zipir_jax.diffusion.schedule import Schedule
+
+# Where the log ratio would be infinite, at a signal of zero, it is that of this signal.
+SMALLEST_SIGNAL = 2.0**-12
+
+
+class Table(NamedTuple):
+    """A sampler's numbers, a row for each step."""
+
+    # Of z_t, the latent corrected before it, x_t and the two predictions before it: they sum to the corrected z_t.
+    corrector: Float64[np.ndarray, "steps 5"]
+    predictor: Float64[np.ndarray, "steps 3"]  # of the corrected z_t, x_t and the prediction before it
+    sigma: Float64[np.ndarray, " steps"]  # of fresh noise
 
 
 def _normal(keys: Key[Array, " b"], index: int | Array, shape: tuple[int, ...]) -> Float32[Array, " b ..."]:
@@ -29,45 +58,113 @@ def initial_noise(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float32[Arr
     return _normal(keys, 0, shape)
 
 
-def ddim(
+def sample(
     denoise: Callable[[Array, Array], Array],
     keys: Key[Array, " b"],
     noisy: Float[Array, " b *item"],
     schedule: Schedule,
-    steps: int,
-    spacing: str = "trailing",
+    timesteps: Int[np.ndarray, " steps"],
+    sampler: str = "ddim",
     eta: float = 0.0,
 ) -> Float32[Array, " b *item"]:
-    """Clean latents from noise by DDIM (Song et al. 2021, eq. 12 and 16).
+    """Clean latents from noisy ones, by one evaluation of the model at each of `timesteps`, which fall.
 
-    `denoise(noisy [b, *item], timesteps [b]) -> eps [b, *item]`; `noisy` is where to start, as a rule
-    `initial_noise(keys, item)`. With eta > 0 each image draws the noise of its steps from its own key, so its
-    result does not depend on its neighbours in the batch; with eta = 0 the keys are not used.
+    `denoise(noisy [b, *item], timesteps [b]) -> predicted clean latents [b, *item]`; `noisy` are latents at the first
+    timestep, as a rule `initial_noise(keys, item)`. sampler: "ddim", "dpm-solver++" or "unipc". With eta in (0, 1],
+    which DDIM alone takes, each image draws the noise of its steps from its own key, so its result does not depend on
+    its neighbours in the batch; with eta = 0 the keys are not used.
 
-    Each step goes to the next timestep visited; the last one goes to abar = 1, that is, it returns the
-    predicted z_0, with either spacing (diffusers: set_alpha_to_one=True, clip_sample=False). diffusers steps
-    to t - floor(T / steps) instead, which is the same where steps divides T and with leading spacing always;
-    with trailing spacing and other numbers of steps it misses the timestep it visits next.
+    Each step goes to the next timestep visited, the last one to abar = 1 (diffusers: final_sigmas_type="zero" or
+    set_alpha_to_one=True). diffusers' DDIM steps to t - floor(T / steps) instead, which with trailing spacing misses
+    the timestep it visits next unless steps divides T.
 
-    Raises ValueError for steps outside the schedule, an unknown spacing, or eta outside 0 .. 1.
+    Raises ValueError for an unknown sampler.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta {eta} is not between 0 and 1")
-    timesteps = spaced_timesteps(len(schedule.signal), steps, spacing)
-    signal, noise = schedule.signal[timesteps], schedule.noise[timesteps]
-    next_signal, next_noise = np.append(signal[1:], 1.0), np.append(noise[1:], 0.0)
-    sigma = eta * next_noise / noise * np.sqrt(1 - np.square(signal / next_signal))
-    direction = np.sqrt(np.square(next_noise) - np.square(sigma))
-    factors = jnp.asarray(np.stack([signal, noise, next_signal, direction, sigma], axis=1), jnp.float32)
+    signal, noise = np.append(schedule.signal[timesteps], 1.0), np.append(schedule.noise[timesteps], 0.0)
+    if sampler == "ddim":
+        table = ddim_table(signal, noise, eta)
+    elif sampler == "dpm-solver++":
+        table = dpm_solver_table(signal, noise)
+    elif sampler == "unipc":
+        table = unipc_table(signal, noise)
+    else:
+        raise ValueError(f"sampler {sampler!r} is not one of ddim, dpm-solver++, unipc")
 
-    def step(noisy: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        index, timestep, (signal, noise, next_signal, direction, sigma) = xs
-        eps = denoise(noisy, jnp.full(noisy.shape[0], timestep)).astype(jnp.float32)
-        clean = (noisy - noise * eps) / signal
-        noisy = next_signal * clean + direction * eps
+    def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
+        (noisy, last, before, earlier), (index, timestep, row) = carry, xs
+        clean = denoise(noisy, jnp.full(noisy.shape[0], timestep)).astype(jnp.float32)
+        corrected = _combine(row.corrector, noisy, last, clean, before, earlier)
+        following = _combine(row.predictor, corrected, clean, before)
         if eta > 0:
-            noisy += sigma * _normal(keys, index, noisy.shape[1:])  # draw 0 was the initial noise
-        return noisy, None
+            following += row.sigma * _normal(keys, index, noisy.shape[1:])  # draw 0 was the initial noise
+        return (following, corrected, clean, before), None
 
-    xs = (jnp.arange(1, steps + 1), jnp.asarray(timesteps), factors)
-    return jax.lax.scan(step, noisy.astype(jnp.float32), xs)[0]
+    rows = Table(*(jnp.asarray(numbers, jnp.float32) for numbers in table))
+    noisy = noisy.astype(jnp.float32)
+    nothing = jnp.zeros_like(noisy)
+    xs = (jnp.arange(1, len(timesteps) + 1), jnp.asarray(timesteps), rows)
+    return jax.lax.scan(step, (noisy, nothing, nothing, nothing), xs)[0][0]
+
+
+def _combine(weights, *arrays):
+    return sum(weight * array for weight, array in zip(weights, arrays, strict=True))
+
+
+def ddim_table(
+    signal: Float64[np.ndarray, " n"], noise: Float64[np.ndarray, " n"], eta: float = 0.0
+) -> Table:
+    """DDIM through these n levels, in n - 1 steps (Song et al. 2021, eq. 12 and 16)."""
+    sigma = eta * noise[1:] / noise[:-1] * np.sqrt(1 - np.square(signal[:-1] / signal[1:]))
+    kept = np.sqrt(np.square(noise[1:]) - np.square(sigma)) / noise[:-1]
+    predictor = np.stack([kept, signal[1:] - kept * signal[:-1], np.zeros(len(kept))], axis=1)
+    return Table(_no_corrector(len(kept)), predictor, sigma)
+
+
+def dpm_solver_table(signal: Float64[np.ndarray, " n"], noise: Float64[np.ndarray, " n"]) -> Table:
+    """DPM-Solver++(2M) through these n levels, in n - 1 steps (Lu et al. 2022, algorithm 2)."""
+    steps = len(signal) - 1
+    return Table(_no_corrector(steps), _second_order(signal, noise), np.zeros(steps))
+
+
+def unipc_table(signal: Float64[np.ndarray, " n"], noise: Float64[np.ndarray, " n"]) -> Table:
+    """UniPC of second order through these n levels, in n - 1 steps (Zhao et al. 2023, algorithms 7 and 8).
+
+    Row i corrects what row i - 1 predicted; row 0 has nothing to correct.
+    """
+    steps = len(signal) - 1
+    corrector, rises = _no_corrector(steps), _rises(signal, noise)
+    for i in range(1, steps):
+        kept = noise[i] / noise[i - 1]
+        gain, h = signal[i] - kept * signal[i - 1], rises[i - 1]
+        if i == 1:
+            bend, c = 0.0, 0.5
+        else:
+            # The conditions c_1 + c_2 = g_1 and c_1 r_1 + c_2 = g_2, where g are integrals of the exponential.
+            r = -rises[i - 2] / h
+            g_1 = 1 / -np.expm1(-h) - 1 / h
+            g_2 = 2 * (0.5 / -np.expm1(-h) - g_1 / h)
+            c_1 = (g_1 - g_2) / (1 - r)
+            bend, c = c_1 / r, g_1 - c_1
+        # z_t itself has no part in it: it follows from what came before, as its correction does.
+        corrector[i] = 0, kept, gain * c, gain * (1 - bend - c), gain * bend
+    return Table(corrector, _second_order(signal, noise), np.zeros(steps))
+
+
+def _second_order(signal, noise):
+    """The predictor of DPM-Solver++(2M), and of UniPC; its first and its last step are of first order."""
+    steps = len(signal) - 1
+    kept = noise[1:] / noise[:-1]
+    gain = signal[1:] - kept * signal[:-1]
+    bend = np.zeros(steps)
+    rises = _rises(signal, noise)
+    bend[1:-1] = rises[1:] / (2 * rises[:-1])
+    return np.stack([kept, gain * (1 + bend), -gain * bend], axis=1)
+
+
+def _rises(signal, noise):
+    """By how much the log ratio of signal to noise rises in each step but the last, to no noise at all."""
+    return np.diff(np.log(np.maximum(signal[:-1], SMALLEST_SIGNAL) / noise[:-1]))
+
+
+def _no_corrector(steps):
+    return np.tile([1.0, 0, 0, 0, 0], (steps, 1))

@@ -235,7 +235,7 @@ class DiT(nnx.Module):
         Raises ValueError if text is missing from a model with cross-attention, or given to one without, and for latents
         of different shapes or of sides that are no multiple of the patch.
         """
-        self._check(lq, text)
+        self._check_text(text is not None)
         if noisy.shape != lq.shape:
             raise ValueError(f"latents of shapes {noisy.shape} and {lq.shape}: they must agree")
         graphdef, stacked = nnx.split(self.blocks)
@@ -244,8 +244,11 @@ class DiT(nnx.Module):
         x, angles = self._sequence(noisy, lq_tokens)
 
         def body(carry, params):
-            (x, lq), block = carry, nnx.merge(graphdef, params)
-            lq, read = self._read_layer(block, lq, text, clean, lq_angles)
+            (x, lq), block, read = carry, nnx.merge(graphdef, params), {}
+            if self.is_static:
+                lq, read["lq"] = self._read_lq_layer(block, lq, clean, lq_angles)
+            if text is not None:
+                read["text"] = block.read_text(text)
             x = constrain(x, "batch", None, None)
             return (block(x, conditioning, angles, **read, text_lengths=text_lengths), lq), None
 
@@ -263,22 +266,33 @@ class DiT(nnx.Module):
     ) -> dict:
         """What `denoise` needs of the LQ latent and the text, to be computed once an image; raises as `__call__` does.
 
-        {"lq": keys and values of the LQ tokens, where they are static, else "lq_tokens" [b, s, c]; "text": keys and
-        values, "text_lengths"}; keys and values are stacked over layers, [layers, b, s, heads, d] each. There may be
-        a text for each branch of the guidance, b2 = 2 b, those of one branch after those of the other.
+        There may be a text for each branch of the guidance, b2 = 2 b, those of one branch after those of the other.
         """
-        self._check(lq, text)
+        self._check_text(text is not None)
+        return self.read_lq(lq) | ({} if text is None else self.read_text(text, text_lengths))
+
+    def read_lq(self, lq: Float[Array, "b h w c"]) -> dict:
+        """The part of `read` that the LQ latent has: {"lq": keys and values, [layers, b, s, heads, d] each} where its
+        tokens are static, else {"lq_tokens": [b, s, c]}."""
+        tokens = self._tokens(self.embed_lq, lq)
+        if not self.is_static:
+            return {"lq_tokens": tokens}
         graphdef, stacked = nnx.split(self.blocks)
-        clean, lq_angles = self._conditioning(jnp.array([CLEAN])), self._angles(lq)
+        clean, angles = self._conditioning(jnp.array([CLEAN])), self._angles(lq)
 
         def body(lq, params):
-            return self._read_layer(nnx.merge(graphdef, params), lq, text, clean, lq_angles)
+            return self._read_lq_layer(nnx.merge(graphdef, params), lq, clean, angles)
 
-        lq_tokens = self._tokens(self.embed_lq, lq)
-        _, condition = jax.lax.scan(body, lq_tokens, stacked)
-        if not self.is_static:
-            condition["lq_tokens"] = lq_tokens
-        return condition if text_lengths is None else condition | {"text_lengths": text_lengths}
+        return {"lq": jax.lax.scan(body, tokens, stacked)[1]}
+
+    def read_text(self, text: Float[Array, "b l c"], text_lengths: Int[Array, " b"] | None = None) -> dict:
+        """The part of `read` that the text has: {"text": keys and values, [layers, b, l, heads, d] each,
+        "text_lengths"}."""
+        graphdef, stacked = nnx.split(self.blocks)
+        _, read = jax.lax.scan(
+            lambda _, params: (None, nnx.merge(graphdef, params).read_text(text)), None, stacked
+        )
+        return {"text": read} | ({} if text_lengths is None else {"text_lengths": text_lengths})
 
     def denoise(
         self,
@@ -290,6 +304,7 @@ class DiT(nnx.Module):
 
         The batch of `noisy` may be a multiple of the LQ latent's, whose tokens the branches of the guidance then share.
         """
+        self._check_text("text" in condition)
         tokens = noisy.shape[1] * noisy.shape[2] // self.config.patch**2
         lq_tokens = condition["lq"][0].shape[2] if self.is_static else condition["lq_tokens"].shape[1]
         if tokens != lq_tokens:
@@ -311,28 +326,22 @@ class DiT(nnx.Module):
     def is_static(self) -> bool:
         return self.config.lq_attention == "static"
 
-    def _read_layer(self, block, lq, text, clean, lq_angles):
-        """The LQ tokens after a block, and the keys and values of what it reads beside its own tokens."""
-        read = {}
-        if self.is_static:
-            lq, read["lq"] = block.read_lq(constrain(lq, "batch", None, None), clean, lq_angles)
-        if text is not None:
-            read["text"] = block.read_text(text)
-        return lq, read
+    def _read_lq_layer(self, block, lq, clean, angles):
+        """Static LQ tokens after a block, and their keys and values."""
+        return block.read_lq(constrain(lq, "batch", None, None), clean, angles)
 
-    def _check(self, lq, text):
-        if (text is not None) != bool(self.config.text_width):
+    def _check_text(self, is_given):
+        if is_given != bool(self.config.text_width):
             needs = "needs" if self.config.text_width else "has no cross-attention for"
             raise ValueError(f"this DiT {needs} text embeddings")
-        p = self.config.patch
-        if lq.shape[1] % p or lq.shape[2] % p:
-            raise ValueError(
-                f"a latent of shape {lq.shape} has sides that are not multiples of the patch {p}"
-            )
 
     def _tokens(self, embedder, latent):
         p = self.config.patch
         b, h, w, _ = latent.shape
+        if h % p or w % p:
+            raise ValueError(
+                f"a latent of shape {latent.shape} has sides that are not multiples of the patch {p}"
+            )
         return embedder(space_to_depth(latent, p).reshape(b, h * w // p**2, -1))
 
     def _angles(self, latent):

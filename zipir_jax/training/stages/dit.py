@@ -5,14 +5,14 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from zipir_jax.config import LPVAEConfig, SamplingConfig, TrainConfig
+from zipir_jax.config import DiffusionConfig, LPVAEConfig, SamplingConfig, TrainConfig
 from zipir_jax.diffusion.objective import diffusion_loss
 from zipir_jax.diffusion.schedule import linear_schedule, logit_normal_timesteps
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind, init_params
-from zipir_jax.models.lp_vae import FACTOR, decode, encode, whiten
+from zipir_jax.models.lp_vae import FACTOR, MACRO_CHANNELS, decode, encode, whiten
 from zipir_jax.models.memory import choose_tiling, encode_cost, resident_bytes
 from zipir_jax.models.tiling import Tiling
 from zipir_jax.parallel import constrain, mesh_parts, platform
@@ -72,16 +72,31 @@ def _tiling(vae: LPVAEConfig, height: int, width: int) -> Tiling | None:
     return choose_tiling(encode_cost, vae, height, width, budget, platform())
 
 
+def weaken(lq: Float[Array, "b h w c"], key, config: DiffusionConfig) -> Float[Array, "b h w c"]:
+    """Whitened LQ latents, some of them, at random, multiplied by a small number (VOSR, Wu et al. 2026).
+
+    What the DiT makes of these it can be guided away from (`SamplingConfig.weak_lq`).
+    """
+    if not config.weak_lq_probability:
+        return lq
+    which, strength = jax.random.split(key)
+    shape = (len(lq), 1, 1, 1)
+    is_weak = jax.random.bernoulli(which, config.weak_lq_probability, shape)
+    low, high = config.weak_lq
+    return jnp.where(is_weak, jax.random.uniform(strength, shape, minval=low, maxval=high), 1) * lq
+
+
 def gradients(
     config: TrainConfig, params: dict, frozen: dict, batch: dict, key, adversarial: bool
 ) -> tuple[dict, dict]:
-    timestep_key, noise_key = jax.random.split(key)
+    timestep_key, noise_key, weak_key = *jax.random.split(key), jax.random.fold_in(key, 2)
 
     def condition(x):  # whole latents, even where the encoder divided the height of the images over devices
         x = jnp.repeat(x, config.noise_draws, 0)
         return constrain(x, "batch", *[None] * (x.ndim - 1))
 
     clean, lq = (condition(whiten(latent, frozen["statistics"])) for latent in latents(config, frozen, batch))
+    lq = weaken(lq, weak_key, config.model.diffusion)
     text = jax.tree.map(condition, text_of(batch))
     timesteps = logit_normal_timesteps(timestep_key, (clean.shape[0],), config.model.diffusion)
     schedule = linear_schedule(config.model.diffusion)
@@ -95,6 +110,8 @@ def gradients(
             clean,
             timesteps,
             schedule,
+            config.objective,
+            (MACRO_CHANNELS, config.model.lp_vae.coarse.decoder_channels),
         )
         return losses.mean()
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from zipir_jax.config import TrainConfig
-from zipir_jax.diffusion.objective import add_noise, predict_clean, predict_eps
+from zipir_jax.diffusion.objective import add_noise, predict_clean
 from zipir_jax.diffusion.schedule import linear_schedule
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind, init_params
@@ -54,8 +54,8 @@ def _latent(config, frozen, batch, key):
     noisy = add_noise(whiten(clean, statistics), eps, timesteps, schedule)
     dit = bind(DiT, config.model.dit, frozen["dit"])
     predict = functools.partial(dit, lq=lq, **text_of(batch))
-    predicted = predict_eps(predict, config.model.diffusion.prediction, schedule)(noisy, timesteps)
-    return unwhiten(predict_clean(noisy, predicted, timesteps, schedule), statistics)
+    denoise = predict_clean(predict, config.model.diffusion.prediction, schedule)
+    return unwhiten(denoise(noisy, timesteps), statistics)
 
 
 def gradients(
