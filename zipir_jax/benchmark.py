@@ -1,13 +1,14 @@
 """Measure what training and restoring cost: `python -m zipir_jax.benchmark COMMAND --help`."""
 
 import dataclasses
+import importlib.util
 import itertools
 import os
 from pathlib import Path
 
-from zipir_jax.command_line import load_config, parse, run
-from zipir_jax.config import MODELS, DegradationConfig, LossConfig, TrainConfig
-from zipir_jax.files import check_writable
+from zipir_jax.command_line import cache_compiled_programs, load_config, parse, run
+from zipir_jax.config import MODELS, DegradationConfig, LossConfig, TrainConfig, check_seed
+from zipir_jax.files import check_replaceable, check_writable
 
 # Trainings of the paper whose appetite for data is stated: stage, preset of the model.
 TRAININGS = {
@@ -266,6 +267,73 @@ def stem(size: int = 512, repeats: int = 3, output: Path | None = None) -> None:
     finish(output, {"size": size, "flops_size": FLOPS_SIZE, "rows": rows})
 
 
+def sampling(
+    hq: Path,
+    task: str = "mixture,sr8",
+    samplers: tuple[str, ...] = ("ddim", "dpm-solver++", "unipc"),
+    steps: tuple[int, ...] = (4, 8, 12, 25),
+    fidelities: tuple[float, ...] = (0.0,),
+    weights: str = "default",
+    seed: int = 0,
+    limit: int | None = None,
+    output: Path | None = None,
+    plot: Path | None = None,
+) -> None:
+    """Samplers x steps x fidelities on clean photographs, degraded and restored: PSNR, LPIPS and seconds a picture.
+
+    A run that was interrupted goes on from its output when it is started with the same arguments.
+
+    Args:
+        hq: folder of clean photographs; sides are cropped at the centre to multiples of 16 pixels
+        task: degradations, separated by commas, as of `evaluate`
+        samplers: ddim, dpm-solver++, unipc
+        steps: evaluations of the DiT
+        fidelities: 0 (off) to 1
+        weights: folder of weights
+        seed: of the degradations' noise and of the noise that the samplers start from
+        limit: use the first photographs of the folder only, this many
+        output: JSON file for the numbers of every picture, written after each
+        plot: PNG file for a plot over the steps, or over the fidelity where there are several; needs matplotlib
+    """
+    from zipir_jax.metrics.photographs import find_photographs, parse_tasks, read_original
+
+    tasks, paths = parse_tasks(task), find_photographs(hq, None, limit)
+    check_seed(seed)
+    for file in (output, plot):
+        if file is not None:
+            check_replaceable(file)
+            check_writable(file.parent)
+    if plot is not None:
+        if plot.suffix.lower() != ".png":
+            raise ValueError(f"plot {plot}: the name of a PNG file ends in .png")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("a plot needs matplotlib: pip install zipir_jax[plots]")
+    for path in paths:  # a damaged or too small picture ends it now, not after an hour's work
+        read_original(path)
+    from zipir_jax.measure import sampling as measure
+    from zipir_jax.measure.report import finish, write
+    from zipir_jax.restorer import Restorer, check_sampling
+
+    named = measure.samplings(samplers, steps, fidelities)
+    cache_compiled_programs()
+    restorer = Restorer.load(weights)
+    for config in named.values():
+        check_sampling(restorer.config, config)
+    settings = measure.settings(weights, seed, tasks, named)
+    pictures = [] if output is None else measure.begun(output, settings, paths)
+    for picture in measure.restorations(restorer, named, paths, tasks, seed, len(pictures)):
+        pictures.append(picture)
+        if output is not None:
+            write(output, measure.report(settings, pictures, named))
+    report = measure.report(settings, pictures, named)
+    print(f"{measure.tables(report['rows'], len(pictures))}\n\n{measure.NOTE}")
+    finish(output, report)
+    if plot is not None:
+        from zipir_jax.measure.plot import plot_samplings
+
+        plot_samplings(plot, report["rows"])
+
+
 def compile_programs(
     hardware: tuple[str, ...] = (),
     training_sizes: tuple[int, ...] = (1024, 2048, 4096),
@@ -318,6 +386,7 @@ COMMANDS = {
     "peers": peers,
     "compile": compile_programs,
     "stem": stem,
+    "sampling": sampling,
 }
 
 

@@ -42,10 +42,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def write(output: Path, content: dict) -> None:
+    """Write `content` to a JSON file, with the command, the machine and the versions."""
+    report = {"command": command(), "machine": machine(), "versions": versions()} | content
+    with replacing(output) as file:
+        file.write((json.dumps(report, indent=1) + "\n").encode())
+
+
 def finish(output: Path | None, content: dict) -> None:
-    """Print the command and the machine; write both and `content` to the JSON file `output`, if there is one."""
+    """Print the command and the machine; `write` `content` to the file `output`, if there is one."""
     print(f"\n`{command()}`\n\n{machine()}")
     if output is not None:
-        report = {"command": command(), "machine": machine(), "versions": versions()} | content
-        with replacing(output) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+        write(output, content)
