@@ -40,6 +40,8 @@ CGROUP = Path("/sys/fs/cgroup")  # of Linux: the memory that a container may use
 LIVE_TOKENS = {"cpu": 8, "gpu": 12.5, "tpu": 18}
 LQ_COPIES = {"cpu": 1, "gpu": 1, "tpu": 2}
 LIVE_LOGITS = 2
+# The latent and the three that a sampler remembers, as a scan has them before and after a step.
+SAMPLER_LATENTS = 8
 # float32 copies of the picture that a restoration has in a CPU's memory: enlarged, padded, restored.
 HOST_IMAGES = 4
 GIB = 2**30
@@ -228,6 +230,7 @@ def denoise_bytes(
     if config.attention == "xla":
         logits = LIVE_LOGITS * min(LARGEST_LOGITS, 4 * config.heads * moving * 2 * noisy)
     layer = count_params(abstract_params(Block, config)) * value  # which a scan copies out of the stack
+    latents = SAMPLER_LATENTS * pictures * height * width * config.latent_channels * 4
     text = lq = 0
     if config.text_width:
         keys_values = 2 * config.layers * config.width * value
@@ -243,4 +246,4 @@ def denoise_bytes(
             * config.width
             * value
         )
-    return tokens + logits + layer + text + lq
+    return tokens + logits + layer + latents + text + lq
