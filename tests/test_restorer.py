@@ -1,4 +1,4 @@
-"""What the restorer's sampler computes once an image, against a sampler that computes it anew at every step."""
+"""The restorer's sampling, against a sampler that computes everything anew at every step."""
 
 import dataclasses
 
@@ -9,37 +9,63 @@ import pytest
 
 from tests.conftest import TINY, random_params
 from zipir_jax.config import SamplingConfig
-from zipir_jax.diffusion.guidance import guided
-from zipir_jax.diffusion.objective import predict_eps
-from zipir_jax.diffusion.samplers import ddim, initial_noise
-from zipir_jax.diffusion.schedule import linear_schedule
+from zipir_jax.diffusion.samplers import initial_noise
+from zipir_jax.diffusion.schedule import linear_schedule, spaced_timesteps
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind
-from zipir_jax.restorer import denoise_latent
+from zipir_jax.restorer import branches_of, check_sampling, denoise_latent
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-SAMPLING = SamplingConfig(steps=3)
+WEAK = dataclasses.replace(
+    TINY, diffusion=dataclasses.replace(TINY.diffusion, weak_lq_probability=0.1)
+)  # fmt: skip
 
 
-def without_cache(dit, config, lq, keys, text, negative_text):
-    """`denoise_latent` with the whole DiT, keys and values of LQ tokens and text included, at every step and branch."""
+def by_hand(dit, config, sampling, lq, keys, text, negative_text):
+    """`denoise_latent` by DDIM in a Python loop; the whole DiT, keys and values included, at every step and branch."""
     schedule = linear_schedule(config.diffusion)
-
-    def prepare(text):
-        def predict(noisy, timesteps):
-            return dit(noisy, timesteps, jnp.tile(lq, (len(noisy) // len(lq), 1, 1, 1)), **text)
-
-        return predict_eps(predict, config.diffusion.prediction, schedule)
-
-    denoise = guided(prepare, SAMPLING.guidance, text, negative_text)
-    return ddim(denoise, keys, initial_noise(keys, lq.shape[1:]), schedule, SAMPLING.steps)
+    weak = lq if sampling.weak_lq is None else sampling.weak_lq * lq
+    is_guided = negative_text is not None or sampling.weak_lq is not None
+    timesteps = spaced_timesteps(round(1000 * sampling.start), sampling.steps)
+    z = initial_noise(keys, lq.shape[1:])
+    if sampling.start < 1:
+        z = schedule.signal[timesteps[0]] * lq + schedule.noise[timesteps[0]] * z
+    for t, following in zip(timesteps, [*timesteps[1:], None], strict=True):
+        now = jnp.full(len(lq), t)
+        v = dit(z, now, lq, **text)
+        low, high = sampling.guidance_interval
+        if is_guided and low <= t / 1000 <= high:
+            v_negative = dit(z, now, weak, **(text if negative_text is None else negative_text))
+            v = v_negative + sampling.guidance * (v - v_negative)
+        clean = schedule.signal[t] * z - schedule.noise[t] * v
+        eps = schedule.noise[t] * z + schedule.signal[t] * v
+        pulled = clean[..., :12] + sampling.fidelity * (lq - clean)[..., :12]
+        pulled = jnp.concatenate([pulled, clean[..., 12:]], -1)
+        eps += schedule.signal[t] / schedule.noise[t] * (clean - pulled)
+        z = (
+            pulled
+            if following is None
+            else schedule.signal[following] * pulled + schedule.noise[following] * eps
+        )
+    return z
 
 
 @pytest.mark.parametrize("lq_attention", ["joint", "static"])
-@pytest.mark.parametrize("with_negative", [False, True], ids=["plain", "guided"])
-def test_the_cached_sampler_equals_the_one_without_cache(lq_attention, with_negative):
+@pytest.mark.parametrize(
+    ("with_negative", "options"),
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"guidance_interval": (0.5, 0.9)}),
+        (False, {"weak_lq": 0.1, "guidance": 2.0}),
+        (True, {"weak_lq": 0.1, "guidance_interval": (0.3, 0.7)}),
+        (False, {"start": 0.5, "fidelity": 0.6}),
+    ],
+    ids=["plain", "guided", "interval", "weak", "weak interval", "from the LQ latent"],
+)
+def test_the_cached_sampler_equals_one_by_hand(lq_attention, with_negative, options):
     dit = dataclasses.replace(TINY.dit, text_width=16, lq_attention=lq_attention)
-    config = dataclasses.replace(TINY, dit=dit)
+    config, sampling = dataclasses.replace(WEAK, dit=dit), SamplingConfig(steps=3, **options)
     params, rng = random_params(DiT, dit), np.random.default_rng(0)
     mean, std = rng.normal(size=64).astype(np.float32), rng.uniform(0.5, 2, 64).astype(np.float32)
     weights = {"statistics": {"latent_mean": mean, "latent_std": std}, "dit": params}
@@ -50,10 +76,41 @@ def test_the_cached_sampler_equals_the_one_without_cache(lq_attention, with_nega
         for lengths in ((5, 2), (1, 4))
     )
     negative = negative if with_negative else None
-    found = jax.jit(lambda *arrays: denoise_latent(weights, config, SAMPLING, *arrays))(
+    found = jax.jit(lambda *arrays: denoise_latent(weights, config, sampling, *arrays))(
         latent, keys, text, negative
     )
     bound, lq = bind(DiT, dit, params), (latent - mean) / std
-    expected = jax.jit(lambda *arrays: without_cache(bound, config, *arrays))(lq, keys, text, negative)
-    np.testing.assert_allclose((found - mean) / std, expected, rtol=1e-4, atol=1e-4)
+    expected = jax.jit(lambda *arrays: by_hand(bound, config, sampling, *arrays))(lq, keys, text, negative)
+    np.testing.assert_allclose((found - mean) / std, expected, rtol=1e-4, atol=2e-4)
     assert np.std(expected) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "sentence"),
+    [
+        (
+            TINY,
+            {"weak_lq": 0.1},
+            "weak_lq 0.1 is for weights that were trained with weak LQ latents; these were not",
+        ),
+        (
+            WEAK,
+            {"weak_lq": 0.5},
+            "weak_lq 0.5 lies outside of 0.05 to 0.25, which the weights were trained with",
+        ),
+        (TINY, {"guidance": 2.0}, "guidance 2.0 has no effect on weights that were trained without text"),
+        (TINY, {"guidance_interval": (0.1, 0.5)}, "guidance_interval .* has no effect"),
+        (TINY, {"guidance_rescale": 0.7}, "guidance_rescale 0.7 has no effect"),
+        (TINY, {"start": 0.01}, "25 sampling steps are not between 1 and 10"),
+    ],
+)
+def test_sampling_that_does_not_suit_the_weights_is_refused(config, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_sampling(config, SamplingConfig(**options))
+
+
+def test_a_weak_lq_latent_makes_a_second_branch():
+    check_sampling(WEAK, SamplingConfig(weak_lq=0.1, guidance=2.0, guidance_rescale=0.5))
+    assert branches_of(SamplingConfig(weak_lq=0.1), has_negative_text=False) == 2
+    assert branches_of(SamplingConfig(weak_lq=0.1, guidance=1.0), has_negative_text=True) == 1
+    assert branches_of(SamplingConfig(), has_negative_text=False) == 1

@@ -122,18 +122,19 @@ def make_plan(
     available: int,
     pictures: int = 1,
     branches: int = 1,
+    weak_lq: bool = False,
     text_tokens: int = TEXT_BLOCK,
     platform: str | None = None,
 ) -> Plan:
     """How to restore pictures of (height, width) pixels, without margins, in `available` bytes.
 
     As many pictures at once as fit whole; where not even one does, one at a time with the LP-VAE in tiles. branches of
-    the guidance, each with a text of `text_tokens`; 0: no diffusion. platform: as jax names that of the device; None:
-    of its default one. Raises TooLargeError with what is needed, what there is, and the largest size of this shape that
-    fits.
+    the guidance, each with a text of `text_tokens` and, with weak_lq, an LQ latent of its own; 0: no diffusion.
+    platform: as jax names that of the device; None: of its default one. Raises TooLargeError with what is needed, what
+    there is, and the largest size of this shape that fits.
     """
     platform = platform or jax.default_backend()
-    asked = branches, text_tokens, platform
+    asked = branches, weak_lq, text_tokens, platform
     plan = _plan(config, *padded_size(config, height, width), available, pictures, *asked)
     phase, need = max(plan.needs.items(), key=lambda item: item[1])
     if need <= available:
@@ -182,6 +183,7 @@ def needed_bytes(
     decode: Tiling | None,
     pictures: int,
     branches: int,
+    weak_lq: bool,
     text_tokens: int,
     platform: str,
 ) -> dict[str, int]:
@@ -194,7 +196,7 @@ def needed_bytes(
     if not branches:
         return vae_bytes
     latent = height // FACTOR, width // FACTOR
-    denoise = denoise_bytes(config.dit, *latent, pictures, branches, text_tokens, platform)
+    denoise = denoise_bytes(config.dit, *latent, pictures, branches, weak_lq, text_tokens, platform)
     if platform == "cpu":  # the pictures wait in the same memory
         denoise += images
     return {"encode": vae_bytes["encode"], "denoise": denoise, "decode": vae_bytes["decode"]}
@@ -211,6 +213,7 @@ def denoise_bytes(
     width: int,
     pictures: int,
     branches: int,
+    weak_lq: bool,
     text_tokens: int,
     platform: str,
 ) -> int:
@@ -230,5 +233,14 @@ def denoise_bytes(
         keys_values = 2 * config.layers * config.width * value
         text = pictures * branches * text_tokens * (keys_values + 4 * config.text_width)
     if static:
-        lq = LQ_COPIES[platform] * pictures * 2 * config.layers * noisy * config.width * value
+        lq = (
+            LQ_COPIES[platform]
+            * pictures
+            * (branches if weak_lq else 1)
+            * 2
+            * config.layers
+            * noisy
+            * config.width
+            * value
+        )
     return tokens + logits + layer + text + lq

@@ -147,7 +147,13 @@ class Restorer:
         branches = branches_of(sampling, negative_text is not None) if denoise else 0
         text_tokens = texts[0]["text"].shape[1] if texts[0] else 0
         plan = self.plan(
-            image.shape, scale=scale, size=size, branches=branches, text_tokens=text_tokens, memory=memory
+            image.shape,
+            scale=scale,
+            size=size,
+            branches=branches,
+            weak_lq=sampling.weak_lq is not None,
+            text_tokens=text_tokens,
+            memory=memory,
         )
         try:
             restored = np.empty((len(batch), height, width, 3), batch.dtype)
@@ -190,12 +196,13 @@ class Restorer:
         scale: float | int | None = None,
         size: tuple[int, int] | None = None,
         branches: int = 1,
+        weak_lq: bool = False,
         text_tokens: int = TEXT_BLOCK,
         memory: int | None = None,
     ) -> Plan:
         """How `restore` would make a picture, or a batch, of this shape; arguments as there.
 
-        branches of the guidance: 2 with a negative text; 0: no diffusion. text_tokens: of the longer text. Raises
+        branches of the guidance: see `branches_of`; 0: no diffusion. text_tokens: of the longer text. Raises
         ValueError, with the numbers and the largest size that fits, for what does not fit into the memory.
         """
         height, width = target_size(shape[-3:-1], scale, size)
@@ -206,6 +213,7 @@ class Restorer:
             available=self.memory if memory is None else memory,
             pictures=shape[0] if len(shape) == 4 else 1,
             branches=branches,
+            weak_lq=weak_lq,
             text_tokens=text_tokens,
         )
 

@@ -3,7 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zipir_jax.diffusion.guidance import guided
+from zipir_jax.config import DiffusionConfig, SamplingConfig
+from zipir_jax.diffusion.guidance import faithful, guided
+from zipir_jax.diffusion.objective import predict_clean
+from zipir_jax.diffusion.schedule import linear_schedule
 
 BATCH = 3
 NOISY = jax.random.normal(jax.random.key(0), (BATCH, 4, 5, 8))
@@ -56,7 +59,7 @@ def make_counted(calls):
 @pytest.mark.parametrize("guidance", [3.5, 0.0, -1.0, 1.5])
 def test_one_call_gives_the_formula_of_two(guidance, counted, calls):
     condition, negative = make_condition(1), make_condition(2)
-    eps = jax.jit(guided(counted, guidance, condition, negative))(NOISY, TIMESTEPS)
+    eps = jax.jit(guided(counted, SamplingConfig(guidance=guidance), condition, negative))(NOISY, TIMESTEPS)
     assert calls == [("prepare", 2 * BATCH), ("denoise", 2 * BATCH)]
     with_, without = denoise(NOISY, TIMESTEPS, condition), denoise(NOISY, TIMESTEPS, negative)
     np.testing.assert_allclose(eps, without + guidance * (with_ - without), atol=2e-5)
@@ -66,7 +69,7 @@ def test_one_call_gives_the_formula_of_two(guidance, counted, calls):
 def test_guidance_one_and_no_negative_call_the_plain_batch(counted, calls):
     condition, negative = make_condition(1), make_condition(2)
     expected = denoise(NOISY, TIMESTEPS, condition)
-    for given in ((1.0, condition, negative), (3.5, condition)):
+    for given in ((SamplingConfig(guidance=1.0), condition, negative), (SamplingConfig(), condition)):
         denoise_guided = guided(counted, *given)
         np.testing.assert_array_equal(denoise_guided(NOISY, TIMESTEPS), expected)
     assert calls == 2 * [("prepare", BATCH), ("denoise", BATCH)]
@@ -74,7 +77,7 @@ def test_guidance_one_and_no_negative_call_the_plain_batch(counted, calls):
 
 def test_equal_conditions_cancel_at_any_guidance():
     condition = make_condition(1)
-    eps = guided(prepare, 7.5, condition, condition)(NOISY, TIMESTEPS)
+    eps = guided(prepare, SamplingConfig(guidance=7.5), condition, condition)(NOISY, TIMESTEPS)
     np.testing.assert_allclose(eps, denoise(NOISY, TIMESTEPS, condition), atol=1e-6)
 
 
@@ -82,7 +85,7 @@ def test_difference_is_taken_in_float32():
     def low_precision(condition):
         return lambda *args: denoise(*args, condition).astype(jnp.bfloat16)
 
-    eps = guided(low_precision, 3.5, make_condition(1), make_condition(2))(NOISY, TIMESTEPS)
+    eps = guided(low_precision, SamplingConfig(), make_condition(1), make_condition(2))(NOISY, TIMESTEPS)
     assert eps.dtype == jnp.float32
     with_, without = (
         np.asarray(low_precision(make_condition(seed))(NOISY, TIMESTEPS), np.float32) for seed in (1, 2)
@@ -94,4 +97,74 @@ def test_conditions_of_different_structure_are_refused():
     negative = make_condition(2)
     del negative["latent"]
     with pytest.raises(ValueError, match="latent"):
-        guided(prepare, 3.5, make_condition(1), negative)
+        guided(prepare, SamplingConfig(), make_condition(1), negative)
+
+
+def test_outside_the_interval_the_model_is_called_once(counted, calls):
+    config = SamplingConfig(guidance_interval=(0.2, 0.6))
+    predict = guided(counted, config, make_condition(1), make_condition(2), train_timesteps=1000)
+    always = guided(prepare, SamplingConfig(), make_condition(1), make_condition(2))
+    for timestep, branches in ((100, 1), (200, 2), (500, 2), (600, 2), (601, 1), (999, 1)):
+        calls.clear()
+        timesteps = jnp.full(BATCH, timestep)
+        with jax.disable_jit():
+            found = predict(NOISY, timesteps)
+        assert calls == [("denoise", branches * BATCH)]
+        alone = denoise(NOISY, timesteps, make_condition(1))
+        expected = always(NOISY, timesteps) if branches == 2 else alone
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_allclose(jax.jit(predict)(NOISY, timesteps), expected, atol=1e-5)
+
+
+def test_rescaled_guidance_has_the_deviation_of_the_conditional_prediction():
+    def predict(share):
+        config = SamplingConfig(guidance=8.0, guidance_rescale=share)
+        found = guided(prepare, config, make_condition(1), make_condition(2))(NOISY, TIMESTEPS)
+        return np.asarray(found)
+
+    conditional = np.asarray(denoise(NOISY, TIMESTEPS, make_condition(1)))
+    axes = (1, 2, 3)
+    assert np.all(predict(0.0).std(axes) > 1.5 * conditional.std(axes))
+    np.testing.assert_allclose(predict(1.0).std(axes), conditional.std(axes), rtol=1e-5)
+    np.testing.assert_allclose(predict(0.7), 0.7 * predict(1.0) + 0.3 * predict(0.0), atol=1e-5)
+    correlation = [
+        np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(predict(0.0), predict(1.0), strict=True)
+    ]
+    np.testing.assert_allclose(correlation, 1, rtol=1e-6)  # another contrast, the same picture
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_guidance_of_the_prediction_is_guidance_of_the_clean_latent(prediction):
+    schedule = linear_schedule(DiffusionConfig())
+    first, second = make_condition(1), make_condition(2)
+    with_, without = (
+        predict_clean(prepare(condition), prediction, schedule)(NOISY, TIMESTEPS)
+        for condition in (first, second)
+    )
+    found = predict_clean(guided(prepare, SamplingConfig(), first, second), prediction, schedule)
+    expected = without + 3.5 * (with_ - without)
+    np.testing.assert_allclose(found(NOISY, TIMESTEPS), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_fidelity_pulls_the_first_channels_alone():
+    target = jax.random.normal(jax.random.key(7), NOISY.shape)
+
+    def clean(noisy, timesteps):
+        return jnp.tanh(noisy)
+
+    plain = clean(NOISY, TIMESTEPS)
+    assert faithful(clean, 0.0, target, 3) is clean  # off costs nothing
+    distances = []
+    for strength in (0.25, 0.5, 1.0):
+        pulled = faithful(clean, strength, target, 3)(NOISY, TIMESTEPS)
+        np.testing.assert_array_equal(pulled[..., 3:], plain[..., 3:])
+        distances.append(np.abs(pulled - target)[..., :3].mean())
+    first = np.abs(plain - target)[..., :3].mean()
+    np.testing.assert_allclose(distances, first * np.array([0.75, 0.5, 0]), rtol=1e-5, atol=1e-6)
+
+
+def test_fidelity_is_a_gradient_step_on_the_distance():
+    target = jax.random.normal(jax.random.key(7), NOISY.shape)
+    gradient = jax.grad(lambda x: 0.5 * jnp.sum(jnp.square(x - target)[..., :3]))(NOISY)
+    pulled = faithful(lambda noisy, timesteps: noisy, 0.3, target, 3)(NOISY, TIMESTEPS)
+    np.testing.assert_allclose(pulled, NOISY - 0.3 * gradient, atol=1e-6)

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zipir_jax.config import DiffusionConfig
-from zipir_jax.diffusion.objective import add_noise, diffusion_loss, predict_clean, predict_eps
+from zipir_jax.config import DiffusionConfig, ObjectiveConfig
+from zipir_jax.diffusion.objective import add_noise, diffusion_loss, min_snr_weights, predict_clean
 from zipir_jax.diffusion.schedule import linear_schedule
 
 SCHEDULE = linear_schedule(DiffusionConfig())
@@ -29,7 +29,8 @@ def test_forward_process_keeps_unit_variance(clean):
 
 def test_clean_and_noise_round_trip(clean):
     eps = jax.random.normal(jax.random.key(2), clean.shape)
-    recovered = predict_clean(add_noise(clean, eps, TIMESTEPS, SCHEDULE), eps, TIMESTEPS, SCHEDULE)
+    denoise = predict_clean(lambda noisy, timesteps: eps, "eps", SCHEDULE)
+    recovered = denoise(add_noise(clean, eps, TIMESTEPS, SCHEDULE), TIMESTEPS)
     # At t = 999 rounding is enlarged by 1 / 0.0397.
     np.testing.assert_allclose(recovered, clean, atol=2e-5)
 
@@ -60,17 +61,107 @@ def test_v_is_the_direction_in_which_the_noise_grows(clean):
     _, v = jax.jvp(lambda a: jnp.cos(a) * clean + jnp.sin(a) * eps, (angles,), (jnp.ones_like(angles),))
     loss = diffusion_loss(lambda noisy, timesteps: v, "v", key, clean, TIMESTEPS, SCHEDULE)
     np.testing.assert_allclose(loss, 0, atol=1e-9)
-    denoise = predict_eps(lambda noisy, timesteps: v, "v", SCHEDULE)
+    denoise = predict_clean(lambda noisy, timesteps: v, "v", SCHEDULE)
     noisy = add_noise(clean, eps, TIMESTEPS, SCHEDULE)
-    np.testing.assert_allclose(denoise(noisy, TIMESTEPS), eps, atol=1e-5)
+    np.testing.assert_allclose(denoise(noisy, TIMESTEPS), clean, atol=1e-5)
 
 
-def test_a_model_of_v_that_knows_nothing_is_right_about_pure_noise():
-    noisy = jax.random.normal(jax.random.key(1), (1, 4, 4, 8))
-    denoise = predict_eps(lambda noisy, timesteps: jnp.zeros_like(noisy), "v", SCHEDULE)
-    np.testing.assert_allclose(denoise(noisy, jnp.array([999])), noisy, rtol=1e-3)
-    untouched = predict_eps(lambda noisy, timesteps: 2 * noisy, "eps", SCHEDULE)
-    np.testing.assert_array_equal(untouched(noisy, jnp.array([999])), 2 * noisy)
+def test_a_model_of_v_that_knows_nothing_finds_nothing_in_pure_noise():
+    """An error of v counts once in the clean latent of the noisiest timestep, one of eps 1 / 0.0397 times."""
+    noisy, timesteps = jax.random.normal(jax.random.key(1), (1, 4, 4, 8)), jnp.array([999])
+
+    def nothing(noisy, timesteps):
+        return jnp.zeros_like(noisy)
+
+    found = predict_clean(nothing, "v", SCHEDULE)(noisy, timesteps)
+    np.testing.assert_allclose(found, 0.0397 * noisy, rtol=2e-3)
+    np.testing.assert_allclose(
+        predict_clean(nothing, "eps", SCHEDULE)(noisy, timesteps), noisy / 0.0397, rtol=2e-3
+    )
+
+
+def test_v_needs_no_signal_at_the_last_timestep_of_zero_snr(clean):
+    schedule = linear_schedule(DiffusionConfig(prediction="v", zero_terminal_snr=True))
+    last = jnp.full(4, 999)
+    eps = jax.random.normal(jax.random.key(2), clean.shape)
+    np.testing.assert_array_equal(add_noise(clean, eps, last, schedule), eps)
+    # There v is minus the clean latent: the loss asks for the image, and gets it back.
+    loss = diffusion_loss(lambda noisy, t: -clean, "v", jax.random.key(5), clean, last, schedule)
+    np.testing.assert_allclose(loss, 0, atol=1e-9)
+    found = predict_clean(lambda noisy, t: -clean, "v", schedule)(eps, last)
+    np.testing.assert_allclose(found, clean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_min_snr_weights_make_the_error_of_the_clean_latent_count_alike(zero, clean):
+    """Either way min(SNR, gamma) times the squared error of z_0, whatever the model predicts."""
+    gamma, timesteps = 5.0, jnp.array([0, 40, 500, 998])
+    losses, objective = {}, ObjectiveConfig(min_snr_gamma=gamma)
+    wrong = clean + 0.3 * jnp.sin(jnp.arange(16.0))  # of z_0
+    schedule = linear_schedule(DiffusionConfig(prediction="v", zero_terminal_snr=zero))
+    signal, noise = (
+        jnp.asarray(factor, jnp.float32)[timesteps][:, None, None, None]
+        for factor in (schedule.signal, schedule.noise)
+    )
+
+    def implied(prediction):
+        def predict(noisy, _):
+            eps = (noisy - signal * wrong) / noise
+            return eps if prediction == "eps" else signal * eps - noise * wrong
+
+        return predict
+
+    predictions = ("v",) if zero else ("eps", "v")  # without any signal eps says nothing of z_0
+    for prediction in predictions:
+        losses[prediction] = diffusion_loss(
+            implied(prediction), prediction, jax.random.key(3), clean, timesteps, schedule, objective
+        )
+    snr = np.square(schedule.signal / schedule.noise)[timesteps]
+    error = np.mean(np.square(wrong - clean), axis=(1, 2, 3))
+    for prediction in predictions:
+        np.testing.assert_allclose(losses[prediction], np.minimum(snr, gamma) * error, rtol=2e-3)
+
+
+def test_min_snr_weights_of_hang_et_al():
+    snr = np.square(SCHEDULE.signal / SCHEDULE.noise)
+    weights = np.asarray(min_snr_weights(SCHEDULE, "eps", 5.0))
+    np.testing.assert_allclose(weights, np.minimum(snr, 5) / snr, rtol=1e-6)
+    assert weights[0] < 0.01 and np.all(
+        weights[snr < 5] == 1
+    )  # little noise counts less, much noise as before
+    np.testing.assert_allclose(min_snr_weights(SCHEDULE, "v", 5.0), np.minimum(snr, 5) / (snr + 1), rtol=1e-6)
+    np.testing.assert_array_equal(min_snr_weights(SCHEDULE, "v", 0.0), np.ones(1000))
+
+
+def test_extra_losses_are_those_of_the_first_channels(clean):
+    def predict(noisy, timesteps):
+        return noisy * jnp.linspace(0.2, 1, 16)
+
+    def losses(latent, **weights):
+        return diffusion_loss(
+            lambda noisy, t: predict(noisy, t), "eps", jax.random.key(5), latent, TIMESTEPS, SCHEDULE,
+            ObjectiveConfig(**weights), (3, 12),
+        )  # fmt: skip
+
+    def of_first(channels):
+        """The plain loss where the model is right about all the other channels."""
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(5), i))(jnp.arange(4))
+        eps = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys)
+
+        def right(noisy, timesteps):
+            mixed = jnp.where(jnp.arange(16) < channels, predict(noisy, timesteps), eps)
+            return mixed
+
+        plain = diffusion_loss(right, "eps", jax.random.key(5), clean, TIMESTEPS, SCHEDULE)
+        return plain * 16 / channels
+
+    plain = losses(clean)
+    np.testing.assert_allclose(losses(clean, macro=0.5) - plain, 0.5 * of_first(3), rtol=1e-4)
+    np.testing.assert_allclose(losses(clean, coarse=0.2) - plain, 0.2 * of_first(12), rtol=1e-4)
+    both = losses(clean, macro=0.5, coarse=0.2, min_snr_gamma=5.0)
+    weights = min_snr_weights(SCHEDULE, "eps", 5.0)[TIMESTEPS]
+    expected = weights * (plain + 0.5 * of_first(3) + 0.2 * of_first(12))
+    np.testing.assert_allclose(both, expected, rtol=1e-4)
 
 
 def test_loss_is_that_of_each_item_alone(clean):

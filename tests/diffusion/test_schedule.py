@@ -5,10 +5,16 @@ import jax
 import numpy as np
 import pytest
 
-from zipir_jax.config import DiffusionConfig
-from zipir_jax.diffusion.schedule import linear_schedule, logit_normal_timesteps, spaced_timesteps
+from zipir_jax.config import DiffusionConfig, SamplingConfig
+from zipir_jax.diffusion.schedule import (
+    linear_schedule,
+    logit_normal_timesteps,
+    sampling_timesteps,
+    spaced_timesteps,
+)
 
-DIFFUSERS = pathlib.Path(__file__).parents[1] / "parity" / "ddim.npz"
+DIFFUSERS = pathlib.Path(__file__).parents[1] / "parity" / "samplers.npz"
+SPACINGS = ("trailing", "linspace", "leading")
 
 
 def test_schedule_ends_short_of_pure_noise():
@@ -28,15 +34,33 @@ def test_alpha_bar_is_that_of_diffusers():
         )
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_zero_terminal_snr_is_that_of_diffusers_and_keeps_the_first_level():
+    schedule = linear_schedule(DiffusionConfig(prediction="v", zero_terminal_snr=True))
+    with np.load(DIFFUSERS) as file:
+        np.testing.assert_allclose(
+            schedule.signal**2, file["alpha_bar_zero_terminal_snr"], rtol=2e-5, atol=1e-9
+        )
+    assert (schedule.signal[-1], schedule.noise[-1]) == (0, 1)
+    np.testing.assert_allclose(schedule.signal[0], linear_schedule(DiffusionConfig()).signal[0], rtol=1e-12)
+    assert np.all(np.diff(schedule.signal) < 0)
+
+
+def test_eps_says_nothing_of_an_image_without_signal():
+    with pytest.raises(ValueError, match="zero_terminal_snr needs the prediction v"):
+        DiffusionConfig(zero_terminal_snr=True)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_spacing_is_that_of_diffusers(spacing):
     with np.load(DIFFUSERS) as file:
         names = [name for name in file if name.startswith(f"timesteps_{spacing}_")]
         assert len(names) == 10
         for name in names:
-            np.testing.assert_array_equal(
-                spaced_timesteps(1000, int(name.split("_")[2]), spacing), file[name]
-            )
+            steps = int(name.split("_")[2])
+            if (spacing, steps) == ("linspace", 1):  # diffusers' single step is at 0, where there is no noise
+                assert (file[name].item(), spaced_timesteps(1000, 1, spacing).item()) == (0, 999)
+            else:
+                np.testing.assert_array_equal(spaced_timesteps(1000, steps, spacing), file[name])
 
 
 def test_spacing_of_the_paper():
@@ -45,14 +69,14 @@ def test_spacing_of_the_paper():
     assert (leading[0], leading[-1]) == (961, 1)
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_number_of_steps_gives_distinct_timesteps_in_range(spacing):
     for steps in range(1, 1000 if spacing == "leading" else 1001):
         timesteps = spaced_timesteps(1000, steps, spacing)
         assert len(timesteps) == steps
         assert timesteps[0] <= 999 and timesteps[-1] >= 0
         assert np.all(np.diff(timesteps) < 0)
-        if spacing == "trailing":
+        if spacing != "leading":
             assert timesteps[0] == 999
 
 
@@ -65,8 +89,50 @@ def test_steps_outside_the_schedule_are_named(steps, spacing):
 
 
 def test_unknown_spacing_is_named():
-    with pytest.raises(ValueError, match="linspace"):
-        spaced_timesteps(1000, 25, "linspace")
+    with pytest.raises(ValueError, match="karras"):
+        spaced_timesteps(1000, 25, "karras")
+
+
+@pytest.mark.parametrize("start", [1.0, 0.6, 0.25])
+def test_sampling_starts_at_a_noise_level_and_still_takes_all_steps(start):
+    schedule = linear_schedule(DiffusionConfig())
+    timesteps = sampling_timesteps(schedule, SamplingConfig(steps=20, start=start))
+    assert timesteps[0] == round(1000 * start) - 1
+    np.testing.assert_array_equal(timesteps, spaced_timesteps(round(1000 * start), 20))
+
+
+def test_too_few_timesteps_below_the_start_are_named():
+    schedule = linear_schedule(DiffusionConfig())
+    with pytest.raises(ValueError, match="25 sampling steps are not between 1 and 10"):
+        sampling_timesteps(schedule, SamplingConfig(start=0.01))
+
+
+@pytest.mark.parametrize("factor", [4, 1 / 4])
+@pytest.mark.parametrize("zero", [False, True])
+def test_tokens_shift_the_ratio_of_noise_to_signal_by_their_root(factor, zero):
+    schedule = linear_schedule(DiffusionConfig(prediction="v", zero_terminal_snr=zero))
+    config = SamplingConfig(steps=20, shift_tokens=1024)
+    shifted = sampling_timesteps(schedule, config, int(1024 * factor))
+    ratio = schedule.noise / np.maximum(schedule.signal, 1e-30)
+    # The levels that are visited without a shift, of those that the shift does not take beyond the schedule.
+    usable = int(np.sum(ratio * factor**0.5 <= ratio[-1] * (1 + 1e-12)))
+    expected = ratio[spaced_timesteps(usable, 20)] * factor**0.5
+    within = expected < ratio[-2]  # else rounded to the last timestep
+    # Half a timestep: the largest relative difference of neighbours beyond the first few.
+    np.testing.assert_allclose(ratio[shifted][within], expected[within], rtol=0.02)
+    assert np.all(np.diff(shifted) < 0)
+    plain = sampling_timesteps(schedule, dataclasses.replace(config, shift_tokens=0), int(1024 * factor))
+    middle = slice(5, 15)
+    assert np.all((shifted > plain)[middle] if factor > 1 else (shifted < plain)[middle])
+    np.testing.assert_array_equal(sampling_timesteps(schedule, config, 1024), plain)
+
+
+def test_steps_that_would_share_timesteps_are_refused():
+    schedule = linear_schedule(DiffusionConfig())
+    with pytest.raises(
+        ValueError, match="500 sampling steps, shifted from 64 to 4096 tokens, share timesteps"
+    ):
+        sampling_timesteps(schedule, SamplingConfig(steps=500, shift_tokens=64), 4096)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-1.0, 0.5), (0.7, 1.3)])
