@@ -135,7 +135,7 @@ def test_errors_are_one_sentence(photographs, tiny_weights, tmp_path, call):
     # Found once the work has begun: the last line, below the progress bar.
     for arguments, message in [
         (["--hq", tmp_path / "small"], "s.png: 40 x 31 pixels; both sides must be at least 32"),
-        ([*folder, "--steps", "0"], "steps 0 is below 1"),
+        ([*folder, "--steps", "0"], "steps 0 is not at least 1"),
     ]:
         status, out, err = call(evaluate.main, *arguments, "--weights", tiny_weights)
         assert status == 2 and out == ""

@@ -307,7 +307,9 @@ def sampling(
         if plot.suffix.lower() != ".png":
             raise ValueError(f"plot {plot}: the name of a PNG file ends in .png")
         if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("a plot needs matplotlib: pip install zipir_jax[plots]")
+            raise ValueError(
+                'a plot needs matplotlib, which this Python lacks; pip install -e ".[plots]" installs it'
+            )
     for path in paths:  # a damaged or too small picture ends it now, not after an hour's work
         read_original(path)
     from zipir_jax.measure import sampling as measure

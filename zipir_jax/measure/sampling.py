@@ -68,7 +68,7 @@ def begun(output: Path, asked: dict, paths: list[Path]) -> list[dict]:
         raise ValueError(f"{output}: exists and is no report of samplings; name another file") from None
     other = [name for name in asked if found.get(name) != asked[name]]
     if other:
-        raise ValueError(f"{output}: was begun with another {' and '.join(other)}; name another file")
+        raise ValueError(f"{output}: was begun with other settings ({', '.join(other)}); name another file")
     names = [picture["picture"] for picture in pictures]
     if names != [path.name for path in paths[: len(names)]]:
         raise ValueError(

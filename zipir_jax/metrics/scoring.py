@@ -99,8 +99,8 @@ def summarise(scores: list[dict[str, dict[str, float | None]]]) -> dict[str, dic
     return rows
 
 
-def table(rows: dict[str, dict[str, float | None]]) -> str:
-    """The rows of `summarise` as a Markdown table."""
+def table(rows: dict[str, dict]) -> str:
+    """The rows of `summarise` as a Markdown table; what else is in a row is not shown."""
     lines = [["", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     for method, row in rows.items():
         spread = "" if row["psnr_std"] is None else f" ± {row['psnr_std']:.2f}"
