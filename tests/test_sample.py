@@ -355,7 +355,7 @@ def test_impossible_weights(photo, restore, tiny_weights, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "0"], "steps 0 is below 1"),
+        (["--steps", "0"], "steps 0 is not at least 1"),
         (["--steps", "1001"], "1001 sampling steps are not between 1 and 1000"),
         (["--spacing", "even"], "spacing 'even' is not one of trailing, leading"),
         (["--eta", "1.5"], "eta 1.5 is not between 0 and 1"),
