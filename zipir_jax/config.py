@@ -551,6 +551,16 @@ class DiscriminatorConfig:
         _check_at_least("layers", self.layers, 1)
 
 
+# What a model with text is told where nobody says what a photograph shows: how it should look, which holds for all of
+# them. The wording is ours; the paper gives none.
+POSITIVE_PROMPT = (
+    "A sharp, detailed, high-resolution photograph with natural colours, fine texture and clean edges."
+)
+# What guidance leads away from, and the caption of low-quality images in training (paper section 3.2): it names what
+# the degradations of training do to an image, and nothing that a good photograph may show.
+NEGATIVE_PROMPT = "A blurry, noisy, low-resolution photograph with JPEG artifacts, ringing, smeared texture and lost detail."
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Training images, how they are cut, and how many make a batch."""
@@ -577,6 +587,9 @@ class DataConfig:
     text_dropout: float = (
         0.05  # probability that the empty text takes the place of a caption (paper supplement A)
     )
+    # dit with text: probability that a crop is degraded twice: once into what is to be restored, whose caption is then
+    # NEGATIVE_PROMPT, and once more into its degraded partner (paper section 3.2, which gives no share).
+    low_quality_probability: float = 0.0
 
     def __post_init__(self):
         if not self.resolutions or not self.aspect_ratios:
@@ -600,6 +613,7 @@ class DataConfig:
         _check_at_least("cache_gib", self.cache_gib, 0)
         _check_at_least("text_tokens", self.text_tokens, 1)
         _check_probability("text_dropout", self.text_dropout)
+        _check_probability("low_quality_probability", self.low_quality_probability)
 
 
 @dataclasses.dataclass(frozen=True)
