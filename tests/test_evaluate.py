@@ -10,6 +10,7 @@ from zipir_jax.config import TASKS
 from zipir_jax.data.degrade import apply_task
 from zipir_jax.data.preview import GAP, LABEL_HEIGHT
 from zipir_jax.imageio import read_image, resize, to_float, to_uint8, write_image
+from zipir_jax.metrics.photographs import read_original
 from zipir_jax.restorer import Restorer
 
 
@@ -57,7 +58,7 @@ def test_scores_a_folder(photographs, tiny_weights, tmp_path, call):
         assert [picture["size"] for picture in result["pictures"]] == [[64, 64], [64, 64]]
         assert list(result["means"]) == contestants
         for index, picture in enumerate(result["pictures"]):
-            original = evaluate.read_original(photographs / picture["picture"])
+            original = read_original(photographs / picture["picture"])
             lq = to_uint8(apply_task(to_float(original), TASKS[task], np.random.default_rng((3, index))))
             enlarged = to_uint8(resize(to_float(lq), 64, 64))
             without = restorer.restore(lq, size=(64, 64), denoise=False)
@@ -104,24 +105,6 @@ def test_the_same_command_gives_the_same_numbers(photographs, tiny_weights, tmp_
             del scores["seconds"]
         results.append(pictures)
     assert len(results[0]) == 1 and results[0] == results[1]
-
-
-def test_a_photograph_by_name():
-    for name in evaluate.PHOTOS:
-        (path,) = evaluate.find_photographs(None, name, None)
-        image = evaluate.read_original(path)
-        assert image.shape[0] % 16 == 0 and image.shape[1] % 16 == 0 and min(image.shape[:2]) >= 288
-    np.testing.assert_array_equal(
-        evaluate.read_original(evaluate.find_photographs(None, "astronaut", None)[0]),
-        skimage.data.astronaut(),
-    )
-
-
-def test_the_middle_is_kept_and_suits_every_task(photographs):
-    assert all(evaluate.CROP_MULTIPLE % task.downscale == 0 for task in TASKS.values())
-    np.testing.assert_array_equal(
-        evaluate.read_original(photographs / "b.png"), skimage.data.coffee()[103:167, 204:268]
-    )
 
 
 def test_errors_are_one_sentence(photographs, tiny_weights, tmp_path, call):

@@ -9,7 +9,6 @@ import functools
 import json
 import shlex
 import sys
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -18,28 +17,11 @@ from tqdm import tqdm
 
 from zipir_jax.command_line import cache_compiled_programs, machine, parse, run
 from zipir_jax.config import TASKS, SamplingConfig, check_seed
-from zipir_jax.data.degrade import MINIMUM_SIDE, apply_task
 from zipir_jax.data.preview import side_by_side
 from zipir_jax.files import check_replaceable, check_writable, replacing
-from zipir_jax.imageio import (
-    distinct_names,
-    list_images,
-    read_image_uint8,
-    resize,
-    to_float,
-    to_uint8,
-    write_image,
-)
+from zipir_jax.imageio import distinct_names, write_image
+from zipir_jax.metrics.photographs import CROP_MULTIPLE, degrade, find_photographs, parse_tasks, read_original
 
-# Part of scikit-image's wheel: nothing is downloaded.
-PHOTOS = {
-    "astronaut": "astronaut.png",  # 512 x 512
-    "chelsea": "chelsea.png",  # 451 x 300
-    "coffee": "coffee.png",  # 600 x 400
-    "motorcycle_left": "motorcycle_left.png",  # 741 x 497
-    "rocket": "rocket.jpg",  # 640 x 427
-}
-CROP_MULTIPLE = 16  # pixels; a multiple of every task's downscale, so that all tasks see the same original
 NOTES = (
     f"Originals cropped to multiples of {CROP_MULTIPLE} pixels; 8-bit results. PSNR: mean ± standard deviation over "
     "pictures; ratios: of means; s: wall time of a picture whose size has been "
@@ -82,7 +64,16 @@ def evaluate(
     for path in paths:  # a damaged or too small picture ends it now, not after an hour's work
         read_original(path)
     # Importing jax takes seconds; bad arguments should not wait for it.
-    from zipir_jax.metrics.scoring import BASELINE, Reference, describe, run_methods, summarise, table
+    from zipir_jax.metrics.scoring import (
+        BASELINE,
+        UNDIFFUSED,
+        Reference,
+        bicubic,
+        describe,
+        run_methods,
+        summarise,
+        table,
+    )
     from zipir_jax.restorer import Restorer, check_sampling
 
     cache_compiled_programs()
@@ -92,7 +83,7 @@ def evaluate(
     ours = f"zipir_jax, {sampling.steps} steps"
     methods = {
         BASELINE: bicubic,
-        "D_f* without diffusion": lambda lq, size: restore(lq, size=size, denoise=False),
+        UNDIFFUSED: lambda lq, size: restore(lq, size=size, denoise=False),
         ours: lambda lq, size: restore(lq, size=size),
     }
     results = {name: [] for name in tasks}
@@ -103,8 +94,8 @@ def evaluate(
             reference = Reference(original)
             for name in tasks:
                 bar.set_postfix_str(f"{path.name}, {name}")
-                lq = apply_task(to_float(original), TASKS[name], np.random.default_rng((seed, index)))
-                restored, seconds = run_methods(methods, to_uint8(lq), original.shape[:2], warm)
+                lq = degrade(original, name, seed, index)
+                restored, seconds = run_methods(methods, lq, original.shape[:2], warm)
                 scores = {m: reference.score(restored[m]) | {"seconds": seconds[m]} for m in methods}
                 results[name].append({"picture": path.name, "size": original.shape[:2], "scores": scores})
                 if pictures is not None:
@@ -137,43 +128,6 @@ def evaluate(
         print("\n" + "\n".join(f"wrote {path}" for path in written))
 
 
-def parse_tasks(text: str) -> list[str]:
-    """The names in "mixture,sr8", each once; raises ValueError for a task that does not exist."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in TASKS:
-            raise ValueError(f"task {name!r} is not one of {', '.join(TASKS)}")
-    return names
-
-
-def find_photographs(hq: Path | None, photo: str | None, limit: int | None) -> list[Path]:
-    """The image files to score. Raises ValueError for none, for both of `hq` and `photo`, or for neither."""
-    if (hq is None) == (photo is None):
-        raise ValueError("give either --hq with a folder of photographs or --photo with a name")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit {limit} is below 1")
-    if photo is not None:
-        if photo not in PHOTOS:
-            raise ValueError(f"photo {photo!r} is not one of {', '.join(PHOTOS)}")
-        return [Path(str(files("skimage") / "data" / PHOTOS[photo]))]
-    paths = list_images(hq)[:limit]
-    if not paths:
-        raise ValueError(f"{hq} holds no images")
-    return paths
-
-
-def read_original(path: Path) -> np.ndarray:
-    """An image file as uint8 [h, w, 3], cropped at the centre; raises ValueError, with the path, if it is too small."""
-    image = read_image_uint8(path)
-    height, width = (side // CROP_MULTIPLE * CROP_MULTIPLE for side in image.shape[:2])
-    if min(height, width) < MINIMUM_SIDE:
-        raise ValueError(
-            f"{path}: {image.shape[1]} x {image.shape[0]} pixels; both sides must be at least {MINIMUM_SIDE}"
-        )
-    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-    return image[top : top + height, left : left + width]
-
-
 def write_pictures(start: Path, shown: dict, original: np.ndarray, scores: dict) -> list[Path]:
     """Write the last picture of `shown`, and all of them beside the original; returns both paths.
 
@@ -189,11 +143,6 @@ def write_pictures(start: Path, shown: dict, original: np.ndarray, scores: dict)
     for kind, path in paths.items():
         write_image(path, files[kind])
     return list(paths.values())
-
-
-def bicubic(lq: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The LQ picture enlarged: what any viewer shows."""
-    return to_uint8(resize(to_float(lq), *size))
 
 
 def main(arguments: list[str]) -> None:

@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 from zipir_jax.config import Task
-from zipir_jax.imageio import to_float
+from zipir_jax.imageio import resize, to_float, to_uint8
 from zipir_jax.metrics.fidelity import GRID_PERIODS, LPIPS_NETS, grid_energy, lpips_to, psnr
 
 BASELINE = "bicubic"  # the method that the others are compared with
+UNDIFFUSED = "D_f* without diffusion"  # the degraded picture's latent, decoded as it is
 COLUMNS = (
     "PSNR, dB",
     f"vs {BASELINE}, dB",
@@ -47,6 +48,11 @@ class Reference:
             **{name: distance(picture) for name, distance in self._distances.items()},
             **{f"grid_{period}": energy for period, energy in grid_energy(picture, self._original).items()},
         }
+
+
+def bicubic(lq: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> np.ndarray:
+    """The LQ picture enlarged: what any viewer shows."""
+    return to_uint8(resize(to_float(lq), *size))
 
 
 def run_methods(
