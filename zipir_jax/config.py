@@ -617,7 +617,9 @@ POSITIVE_PROMPT = (
 )
 # What guidance leads away from, and the caption of low-quality images in training (paper section 3.2): it names what
 # the degradations of training do to an image, and nothing that a good photograph may show.
-NEGATIVE_PROMPT = "A blurry, noisy, low-resolution photograph with JPEG artifacts, ringing, smeared texture and lost detail."
+NEGATIVE_PROMPT = (
+    "A blurry, noisy, low-resolution photograph with JPEG artifacts, smeared texture and lost detail."
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,8 @@ def distinct(captions: Iterable[str]) -> Iterator[str]:
 class TextEmbeddings:
     """`embeddings[caption] -> float32 [l, c]` of what `write_text` wrote; `caption in embeddings`.
 
-    width: c. encoder: the name of what made them. Raises ValueError as `Records`, and when a caption is asked for that has no embedding.
+    width: c. encoder: the name of what made them. Raises ValueError as `Records`, and when a caption is asked for that
+    has no embedding.
     """
 
     def __init__(self, folder: str | Path):
