@@ -11,9 +11,14 @@ from jaxtyping import Float32
 
 from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT
 from zipir_jax.data.sources import read_caption
-from zipir_jax.data.text import shortened
-from zipir_jax.weights import load_config, load_text
+from zipir_jax.data.text import INDEX_FILE, TextEmbeddings, shortened, write_text
+from zipir_jax.weights import TEXT, load_config, load_text
 
+DEFAULT_PROMPTS = (
+    "",
+    POSITIVE_PROMPT,
+    NEGATIVE_PROMPT,
+)  # that weights come with; "" is the caption of no text
 COLUMNS = ("file_name", "text")  # of a prompt file, as in the metadata.csv of Hugging Face's imagefolder
 
 
@@ -144,3 +149,20 @@ def prompt_texts(
         photograph: {"text": embeddings[prompt], "negative_text": embeddings[negative]}
         for photograph, prompt in zip(photographs, chosen, strict=True)
     }
+
+
+def check_prompts(text: TextEmbeddings) -> None:
+    """Raises ValueError where there is no embedding of one of DEFAULT_PROMPTS."""
+    missing = [prompt for prompt in DEFAULT_PROMPTS if prompt not in text]
+    if missing:
+        raise ValueError(
+            f"{text.folder}: no embedding of the default prompt {shortened(missing[0])!r}; make the folder with prepare "
+            "embed, which adds the default prompts to the captions"
+        )
+
+
+def write_prompts(weights: Path, text: TextEmbeddings) -> None:
+    """Write those of DEFAULT_PROMPTS that have an embedding into a folder of weights, in the place of what is there."""
+    found = [(prompt, text[prompt]) for prompt in DEFAULT_PROMPTS if prompt in text]
+    (weights / TEXT / INDEX_FILE).unlink(missing_ok=True)
+    write_text(weights / TEXT, found, text.encoder)

@@ -75,6 +75,9 @@ class TextEmbeddings:
     def __reduce__(self) -> tuple:  # a memory-mapped array would be pickled as a whole
         return type(self), (self.folder,)
 
+    def __len__(self) -> int:
+        return len(self._records)
+
     def __contains__(self, caption: str) -> bool:
         return self._find(caption) is not None
 

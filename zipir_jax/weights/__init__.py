@@ -96,15 +96,21 @@ def load_config(weights: Path | str) -> ModelConfig:
 def load_text(weights: Path | str) -> TextEmbeddings | None:
     """The prompts' embeddings that weights come with, if any, for a model with text.
 
-    Raises ValueError as `TextEmbeddings`, and for those of another width than the model takes.
+    Raises ValueError as `TextEmbeddings` and `check_text`.
     """
-    folder, width = weights_folder(weights) / TEXT, load_config(weights).dit.text_width
-    if not width or not folder.is_dir():
+    folder, config = weights_folder(weights) / TEXT, load_config(weights)
+    if not config.dit.text_width or not folder.is_dir():
         return None
     text = TextEmbeddings(folder)
-    if text.width != width:
-        raise ValueError(f"{folder}: the embeddings have {text.width} channels, the model takes {width}")
+    check_text(text, config)
     return text
+
+
+def check_text(text: TextEmbeddings, config: ModelConfig) -> None:
+    """Raises ValueError where the embeddings are not what the model takes."""
+    takes = config.dit.text_width or "no text"
+    if text.width != takes:
+        raise ValueError(f"{text.folder}: the embeddings have {text.width} channels, the model takes {takes}")
 
 
 def load_weights(
