@@ -86,9 +86,12 @@ def embed_prompts(
     were not trained with.
     """
     stored, width = load_text(weights), load_config(weights).dit.text_width
-    prompts = list(dict.fromkeys(prompts))
-    new = [prompt for prompt in prompts if stored is None or prompt not in stored]
-    embeddings = {prompt: stored[prompt] for prompt in prompts if prompt not in new}
+    embeddings, new = {}, []
+    for prompt in dict.fromkeys(prompts):
+        if stored is not None and prompt in stored:
+            embeddings[prompt] = stored[prompt]
+        else:
+            new.append(prompt)
     if not new:
         return embeddings
     if encoder is None:
@@ -156,8 +159,8 @@ def check_prompts(text: TextEmbeddings) -> None:
     missing = [prompt for prompt in DEFAULT_PROMPTS if prompt not in text]
     if missing:
         raise ValueError(
-            f"{text.folder}: no embedding of the default prompt {shortened(missing[0])!r}; make the folder with prepare "
-            "embed, which adds the default prompts to the captions"
+            f"{text.folder}: no embedding of the default prompt {shortened(missing[0])!r}; make the folder with "
+            "prepare embed, which adds the default prompts to the captions"
         )
 
 
