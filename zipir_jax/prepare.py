@@ -270,6 +270,42 @@ def latents(config: Path, sources: tuple[str, ...], output: Path, batches: int, 
     print(f"{output}: latents of {count} crops")
 
 
+def import_t5(model: str, output: Path, dtype: Literal["bfloat16", "float32"] = "bfloat16") -> None:
+    """Bring a T5 v1.1 text encoder into our layout: what makes the embeddings of captions and prompts.
+
+    Args:
+        model: of the Hugging Face hub, as google/t5-v1_1-xxl, or a folder in its layout; with safetensors
+        output: folder to write
+        dtype: of the parameters, and what the encoder computes in
+    """
+    from zipir_jax.models.layers import abstract_params, count_params
+    from zipir_jax.models.t5 import T5Encoder
+    from zipir_jax.text_encoder import import_encoder
+
+    config = import_encoder(model, output, dtype)
+    count = count_params(abstract_params(T5Encoder, config))
+    print(f"{output}: {count:,} parameters, embeddings of {config.width} channels")
+
+
+def import_sd_vae(model: str, output: Path, dtype: Literal["bfloat16", "float32"] = "float32") -> None:
+    """Bring an autoencoder of Stable Diffusion into our layout, to compare reconstructions with (see evaluate).
+
+    Args:
+        model: of the Hugging Face hub, as stabilityai/sd-vae-ft-mse, or a folder in its layout; with safetensors
+        output: folder to write
+        dtype: of the parameters, and what the networks compute in
+    """
+    from zipir_jax.models.layers import abstract_params, count_params
+    from zipir_jax.models.sd_vae import SDVAE
+    from zipir_jax.weights.foreign import find_model, import_weights, read_config
+
+    folder, name = find_model("sd_vae", model)
+    config = read_config("sd_vae", folder, dtype)
+    import_weights("sd_vae", folder, name, config, output)
+    count = count_params(abstract_params(SDVAE, config))
+    print(f"{output}: {count:,} parameters, f{config.factor}c{config.latent_channels}")
+
+
 COMMANDS = {
     "preview": preview,
     "index": index,
@@ -277,6 +313,8 @@ COMMANDS = {
     "embed": embed,
     "statistics": statistics,
     "latents": latents,
+    "import-t5": import_t5,
+    "import-sd-vae": import_sd_vae,
 }
 
 

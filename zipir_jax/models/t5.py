@@ -103,9 +103,7 @@ class T5Encoder(nnx.Module):
         self.blocks = nnx.vmap(lambda r: Block(config, r))(rngs.split(config.layers))
         self.norm = _norm(config, rngs)
 
-    def __call__(
-        self, tokens: Int[Array, "b s"], lengths: Int[Array, " b"]
-    ) -> Float32[Array, "b s c"]:
+    def __call__(self, tokens: Int[Array, "b s"], lengths: Int[Array, " b"]) -> Float32[Array, "b s c"]:
         """float32. lengths: tokens of each text, at least one; what comes after them is padding, and zero here."""
         size = tokens.shape[1]
         buckets = distance_buckets(size, self.config.buckets, self.config.max_distance)
