@@ -96,6 +96,17 @@ def test_embed_writes_the_default_prompts_and_each_caption_once(embedded, tiny_t
     assert len(text[""]) == 1 and len(text[captions[-1]]) == 20
 
 
+def test_embed_names_captions_that_it_cannot_read_and_goes_on(tiny_t5, call, tmp_path):
+    for name, caption in (("a", b"a lake"), ("b", b"\xff")):
+        write_image(tmp_path / "photos" / f"{name}.png", skimage.data.astronaut()[:40, :40])
+        (tmp_path / "photos" / f"{name}.txt").write_bytes(caption)
+    options = "--encoder", tiny_t5, "--output", tmp_path / "text", "--sources", tmp_path / "photos"
+    status, out, err = call(prepare.main, "embed", *options)
+    assert (status, out) == (0, f"{tmp_path / 'text'}: embeddings of 4 captions\n")
+    assert "b.txt: the caption cannot be read" in err and "1 images or captions could not be read" in err
+    assert "a lake" in TextEmbeddings(tmp_path / "text")
+
+
 def test_embed_refuses_what_cannot_work_before_it_loads_an_encoder(embedded, call, tmp_path, no_encoder):
     for options, message in (
         (("--output", embedded), "holds text.json already"),

@@ -583,7 +583,7 @@ def test_low_quality_images_are_degraded_ones_with_the_negative_prompt(source, t
     write_text(tmp_path / "text", ((caption, embedding(caption)) for caption in captions), "t5-tiny")
     text = TextEmbeddings(tmp_path / "text") if with_text else None
 
-    def batches_of(probability, count=30):
+    def batches_of(probability, count=15):
         changes = {"text": "t", "text_tokens": 20, "text_dropout": 0.0} if with_text else {}
         settings = config(batch_size=12, zoom=(1.0, 1.0), low_quality_probability=probability, **changes)
         data = batches(settings, source, 0, DegradationConfig(), text)
