@@ -270,8 +270,8 @@ def import_weights(kind: str, folder: Path, name: str, config: T5Config | SDVAEC
 
     def read(path):
         for theirs in sources[path]:
-            tensor = tensors[theirs][:]
-            yield tensor.transpose(table[path].axes or None).astype(jnp.dtype(dtype))
+            tensor, axes = tensors[theirs][:], table[path].axes
+            yield (tensor.transpose(axes) if axes else tensor).astype(dtype)
 
     write_safetensors(output / FILE, ours, dtype, read)
     with replacing(output / "config.json") as file:
@@ -356,8 +356,8 @@ def write_safetensors(
 def load_imported(folder: Path, kind: str, shardings: Callable) -> tuple[str, T5Config | SDVAEConfig, dict]:
     """(name of what was imported, config, parameters) of a folder that `import_weights` wrote.
 
-    shardings: from the abstract parameters to a tree of shardings; every device reads its part alone. Raises ValueError,
-    with the folder in it, for files that are missing or of another kind, or tensors that are not the config's.
+    shardings: from the abstract parameters to a tree of shardings; every device reads its part alone. Raises
+    ValueError, with the folder in it, for files that are missing or of another kind, or tensors of another config.
     """
     folder = Path(folder)
     command = f"`prepare import-{kind.replace('_', '-')}` writes such a folder"
