@@ -118,9 +118,7 @@ def t5_config(theirs: dict, compute_dtype: str) -> T5Config:
         raise ValueError(f"model_type is {theirs.get('model_type')!r}, not 't5'")
     form = theirs.get("feed_forward_proj", "relu")
     if form != "gated-gelu":
-        raise ValueError(
-            f"feed_forward_proj is {form!r}, as in T5 v1.0; T5 v1.1, 'gated-gelu', is read alone"
-        )
+        raise ValueError(f"feed_forward_proj is {form!r}, as in T5 v1.0; only T5 v1.1 ('gated-gelu') is read")
     if theirs.get("layer_norm_epsilon", EPSILON) != EPSILON:
         raise ValueError(f"layer_norm_epsilon is {theirs['layer_norm_epsilon']}, not {EPSILON}")
     return T5Config(
