@@ -139,7 +139,7 @@ def quick_compile():
 
 
 def foreign_model(kind):
-    """(config.json, {name: tensor}, the other arrays) of another project's tiny model, "t5" or "sd_vae": tests/parity."""
+    """Of another project's tiny model in tests/parity, "t5" or "sd_vae": (config.json, tensors by name, other arrays)."""
     import json
 
     import numpy as np
@@ -200,11 +200,8 @@ def t5_folder(tmp_path_factory):
 
     config, tensors, _ = foreign_model("t5")
     folder = tmp_path_factory.mktemp("t5")
-    import_encoder(
-        str(write_foreign_model(folder / "hub" / "tiny-t5", "t5", config, tensors)),
-        folder / "ours",
-        "float32",
-    )
+    hub = write_foreign_model(folder / "hub" / "tiny-t5", "t5", config, tensors)
+    import_encoder(str(hub), folder / "ours", "float32")
     return folder / "ours"
 
 
