@@ -37,9 +37,9 @@ def attention(
     """Softmax attention, scaled by 1/sqrt(d), over `n` heads.
 
     `implementation` is "xla" (any device and dtype), "cudnn" (NVIDIA, bfloat16 or float16) or "splash" (TPU).
-    `key_lengths` counts the valid keys of each batch item, at least one; the rest are padding. `bias`, which "xla" alone
-    takes, is added to the scaled logits. Raises ValueError for another name, and for a kernel with a bias, or on devices,
-    those of the mesh in effect or else of jax's default backend, or dtypes that it is not for.
+    `key_lengths` counts the valid keys of each batch item, at least one; the rest are padding. `bias` is added to the
+    scaled logits; "xla" alone takes one. Raises ValueError for another name, and for a kernel with a bias, on devices,
+    those of the mesh in effect or else of jax's default backend, or with dtypes that it is not for.
     For policies of `jax.checkpoint`, what the backward pass reads beside query, key and value is named "attention".
     What "cudnn" leaves for it has no name, but its kernel is a primitive of its own.
     """

@@ -1,4 +1,4 @@
-"""Autoencoder of Stable Diffusion (Rombach et al. 2022, section 4.3), as diffusers' AutoencoderKL: the paper's baseline.
+"""Autoencoder of Stable Diffusion (Rombach et al. 2022), the paper's baseline, as in diffusers' AutoencoderKL.
 
 Residual blocks with group norm, one layer of attention at the lowest resolution. Both look at the whole image, so that
 it cannot run in tiles: the larger the image, the more memory it needs.

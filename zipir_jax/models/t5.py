@@ -19,7 +19,7 @@ EPSILON = 1e-6  # of the norms, in all sizes
 
 
 def distance_buckets(length: int, buckets: int, max_distance: int) -> Int[np.ndarray, "q k"]:
-    """The bucket of the distance from each query to each key, of `length` tokens each (Raffel et al. 2020, section 2.1).
+    """The bucket of the distance from each query to each key, of `length` each (Raffel et al. 2020, section 2.1).
 
     The first half is for keys that do not come after the query, the second for those that do. Within a half, the first
     half are distances one by one; the others grow by a constant factor up to `max_distance`.

@@ -118,9 +118,7 @@ def t5_config(theirs: dict, compute_dtype: str) -> T5Config:
         raise ValueError(f"model_type is {theirs.get('model_type')!r}, not 't5'")
     form = theirs.get("feed_forward_proj", "relu")
     if form != "gated-gelu":
-        raise ValueError(
-            f"feed_forward_proj is {form!r}, as in T5 v1.0; T5 v1.1, 'gated-gelu', is read alone"
-        )
+        raise ValueError(f"feed_forward_proj is {form!r}, as in T5 v1.0; only T5 v1.1 ('gated-gelu') is read")
     if theirs.get("layer_norm_epsilon", EPSILON) != EPSILON:
         raise ValueError(f"layer_norm_epsilon is {theirs['layer_norm_epsilon']}, not {EPSILON}")
     return T5Config(
@@ -270,8 +268,8 @@ def import_weights(kind: str, folder: Path, name: str, config: T5Config | SDVAEC
 
     def read(path):
         for theirs in sources[path]:
-            tensor = tensors[theirs][:]
-            yield tensor.transpose(table[path].axes or None).astype(jnp.dtype(dtype))
+            tensor, axes = tensors[theirs][:], table[path].axes
+            yield (tensor.transpose(axes) if axes else tensor).astype(dtype)
 
     write_safetensors(output / FILE, ours, dtype, read)
     with replacing(output / "config.json") as file:
@@ -356,8 +354,8 @@ def write_safetensors(
 def load_imported(folder: Path, kind: str, shardings: Callable) -> tuple[str, T5Config | SDVAEConfig, dict]:
     """(name of what was imported, config, parameters) of a folder that `import_weights` wrote.
 
-    shardings: from the abstract parameters to a tree of shardings; every device reads its part alone. Raises ValueError,
-    with the folder in it, for files that are missing or of another kind, or tensors that are not the config's.
+    shardings: from the abstract parameters to a tree of shardings; every device reads its part alone. Raises
+    ValueError, with the folder in it, for files that are missing or of another kind, or tensors of another config.
     """
     folder = Path(folder)
     command = f"`prepare import-{kind.replace('_', '-')}` writes such a folder"
