@@ -13,16 +13,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 import pytest
 
 from zipir_jax.command_line import run
-from zipir_jax.config import (
-    MODELS,
-    NEGATIVE_PROMPT,
-    POSITIVE_PROMPT,
-    AutoencoderConfig,
-    DiTConfig,
-    LPVAEConfig,
-    ModelConfig,
-    T5Config,
-)
+from zipir_jax.config import MODELS, AutoencoderConfig, DiTConfig, LPVAEConfig, ModelConfig
 
 TINY = dataclasses.replace(
     MODELS["small"],
@@ -88,39 +79,6 @@ def save_random_weights(folder: Path, model: ModelConfig) -> Path:
 def tiny_weights(tiny_model, tmp_path_factory) -> Path:
     """Folder with random weights of `tiny_model`."""
     return save_random_weights(tmp_path_factory.mktemp("weights") / "tiny", tiny_model)
-
-
-@pytest.fixture(scope="session")
-def tiny_t5(tmp_path_factory) -> Path:
-    """Folder of a T5 of some thousand random weights, 16 channels, with a tokenizer of a few words, as imported."""
-    import json
-
-    from flax.traverse_util import flatten_dict
-    from safetensors.numpy import save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from zipir_jax.models.t5 import T5Encoder
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=200,
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        initial_alphabet=[chr(code) for code in range(33, 127)],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([POSITIVE_PROMPT, NEGATIVE_PROMPT], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    folder = tmp_path_factory.mktemp("t5") / "tiny"
-    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "tokenizer")
-    config = T5Config(
-        layers=1, width=16, heads=2, head_width=8, hidden=24, vocabulary=200, compute_dtype="float32"
-    )
-    save_file(flatten_dict(random_params(T5Encoder, config), sep="."), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"name": "tiny-t5", "t5": dataclasses.asdict(config)}))
-    return folder
 
 
 @pytest.fixture

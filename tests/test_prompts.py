@@ -23,13 +23,13 @@ FAST = SamplingConfig(steps=1)
 
 
 @pytest.fixture(scope="module")
-def embedded(tiny_t5, tmp_path_factory):
+def embedded(t5_folder, tmp_path_factory):
     """What `prepare embed` writes, of a folder with two captions."""
     folder = tmp_path_factory.mktemp("embedded")
     for name, caption in (("a", "a lake"), ("b", ""), ("c", "a lake"), ("d", "two boats " * 40)):
         write_image(folder / "photos" / f"{name}.png", skimage.data.astronaut()[:40, :40])
         (folder / "photos" / f"{name}.txt").write_text(caption)
-    options = "--encoder", tiny_t5, "--output", folder / "text", "--sources", folder / "photos"
+    options = "--encoder", t5_folder, "--output", folder / "text", "--sources", folder / "photos"
     prepare.main([str(option) for option in ("embed", *options, "--tokens", 20)])
     return folder / "text"
 
@@ -84,23 +84,23 @@ def no_encoder(monkeypatch):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_embed_writes_the_default_prompts_and_each_caption_once(embedded, tiny_t5):
+def test_embed_writes_the_default_prompts_and_each_caption_once(embedded, t5_folder):
     from zipir_jax.text_encoder import TextEncoder
 
     text = TextEmbeddings(embedded)
     captions = [*DEFAULT_PROMPTS, "a lake", ("two boats " * 40).strip()]
     assert len(text) == len(captions) and (text.width, text.encoder) == (16, "tiny-t5")
-    for caption, expected in zip(captions, TextEncoder.load(tiny_t5).encode(captions), strict=True):
+    for caption, expected in zip(captions, TextEncoder.load(t5_folder).encode(captions), strict=True):
         assert len(text[caption]) == min(len(expected), 20)
         np.testing.assert_allclose(text[caption], expected[:20], rtol=2**-7, atol=1e-4)
     assert len(text[""]) == 1 and len(text[captions[-1]]) == 20
 
 
-def test_embed_names_captions_that_it_cannot_read_and_goes_on(tiny_t5, call, tmp_path):
+def test_embed_names_captions_that_it_cannot_read_and_goes_on(t5_folder, call, tmp_path):
     for name, caption in (("a", b"a lake"), ("b", b"\xff")):
         write_image(tmp_path / "photos" / f"{name}.png", skimage.data.astronaut()[:40, :40])
         (tmp_path / "photos" / f"{name}.txt").write_bytes(caption)
-    options = "--encoder", tiny_t5, "--output", tmp_path / "text", "--sources", tmp_path / "photos"
+    options = "--encoder", t5_folder, "--output", tmp_path / "text", "--sources", tmp_path / "photos"
     status, out, err = call(prepare.main, "embed", *options)
     assert (status, out) == (0, f"{tmp_path / 'text'}: embeddings of 4 captions\n")
     assert "b.txt: the caption cannot be read" in err and "1 images or captions could not be read" in err
@@ -117,7 +117,7 @@ def test_embed_refuses_what_cannot_work_before_it_loads_an_encoder(embedded, cal
         assert status == 2 and message in err and err.count("\n") == 1
 
 
-def test_what_a_killed_embed_leaves_is_not_finished(tiny_t5, monkeypatch, tmp_path):
+def test_what_a_killed_embed_leaves_is_not_finished(t5_folder, monkeypatch, tmp_path):
     from zipir_jax.text_encoder import TextEncoder
 
     encode, calls = TextEncoder.encode, []
@@ -128,7 +128,7 @@ def test_what_a_killed_embed_leaves_is_not_finished(tiny_t5, monkeypatch, tmp_pa
             raise KeyboardInterrupt
         return encode(self, captions)
 
-    options = ["embed", "--encoder", str(tiny_t5), "--output", str(tmp_path)]
+    options = ["embed", "--encoder", str(t5_folder), "--output", str(tmp_path)]
     with monkeypatch.context() as patch:
         patch.setattr(TextEncoder, "encode", killed)
         patch.setattr(prepare, "CAPTIONS_AT_ONCE", 1)
@@ -245,7 +245,7 @@ def test_a_model_with_text_restores_without_a_text_encoder(restore, photo, text_
     np.testing.assert_array_equal(default, restore("--prompt", POSITIVE_PROMPT)[0])
 
 
-def test_a_new_prompt_loads_the_encoder_once_for_all_photographs(restore, photo, tiny_t5, monkeypatch):
+def test_a_new_prompt_loads_the_encoder_once_for_all_photographs(restore, photo, t5_folder, monkeypatch):
     from zipir_jax.text_encoder import TextEncoder
 
     calls, encode = [], TextEncoder.encode
@@ -253,8 +253,8 @@ def test_a_new_prompt_loads_the_encoder_once_for_all_photographs(restore, photo,
         TextEncoder, "encode", lambda self, captions: (calls.append(captions), encode(self, captions))[1]
     )
     default, lake = (
-        restore("--text-encoder", tiny_t5)[0],
-        restore("--text-encoder", tiny_t5, "--prompt", "a lake")[0],
+        restore("--text-encoder", t5_folder)[0],
+        restore("--text-encoder", t5_folder, "--prompt", "a lake")[0],
     )
     assert calls == [["a lake"]]
     assert np.abs(lake - default.astype(int)).max() > 1
@@ -265,20 +265,20 @@ def test_a_new_prompt_loads_the_encoder_once_for_all_photographs(restore, photo,
     prompts.write_text("file_name,text\nb.png,two boats\n")
     calls.clear()
     restore(
-        "--text-encoder", tiny_t5, "--prompt-file", prompts, "--negative-prompt", "fog", input=photo.parent
+        "--text-encoder", t5_folder, "--prompt-file", prompts, "--negative-prompt", "fog", input=photo.parent
     )
     assert calls == [["a lake", "two boats", "fog"]]
     out = photo.parent.parent / "out"
     pictures = [read_image_uint8(out / f"{name}.png") for name in ("a", "b", "photo")]
     assert all(np.abs(pictures[i] - pictures[i - 1].astype(int)).max() > 1 for i in range(3))
     # A caption in a file and one on the command line are the same prompt.
-    alone = restore("--text-encoder", tiny_t5, "--prompt", "a lake", "--negative-prompt", "fog")[0]
+    alone = restore("--text-encoder", t5_folder, "--prompt", "a lake", "--negative-prompt", "fog")[0]
     np.testing.assert_array_equal(alone, pictures[0])
 
 
-def test_a_prompt_is_the_same_embedded_beforehand_or_now(embedded, bare_weights, tiny_t5, tmp_path):
+def test_a_prompt_is_the_same_embedded_beforehand_or_now(embedded, bare_weights, t5_folder, tmp_path):
     shutil.copytree(bare_weights, tmp_path / "weights")
-    now = embed_prompts(["a lake", ""], tmp_path / "weights", tiny_t5)
+    now = embed_prompts(["a lake", ""], tmp_path / "weights", t5_folder)
     shutil.copytree(embedded, tmp_path / "weights" / TEXT)
     before = embed_prompts(["a lake", ""], tmp_path / "weights")
     assert now.keys() == before.keys()
@@ -332,15 +332,15 @@ def test_weights_without_text_leave_captions_alone(restore, tiny_weights, photo)
     assert picture is not None and "caption" not in err
 
 
-def test_another_encoder_is_refused(text_weights, tiny_t5, tmp_path):
-    shutil.copytree(tiny_t5, tmp_path / "t5")
+def test_another_encoder_is_refused(text_weights, t5_folder, tmp_path):
+    shutil.copytree(t5_folder, tmp_path / "t5")
     config = tmp_path / "t5" / "config.json"
     config.write_text(config.read_text().replace("tiny-t5", "other-t5"))
     with pytest.raises(ValueError, match="t5: is other-t5, the model was trained with tiny-t5"):
         embed_prompts(["a lake"], text_weights, tmp_path / "t5")
 
 
-def test_a_dry_run_plans_what_the_restoration_does(restore, tiny_t5, monkeypatch):
+def test_a_dry_run_plans_what_the_restoration_does(restore, t5_folder, monkeypatch):
     plans, plan = [], Restorer.plan
 
     def recorded(self, *arguments, **options):
@@ -352,7 +352,7 @@ def test_a_dry_run_plans_what_the_restoration_does(restore, tiny_t5, monkeypatch
     for options, expected in (
         ((), {"branches": 2, "text_tokens": 128}),
         (("--guidance", 1), {"branches": 1, "text_tokens": 128}),
-        (("--prompt", long, "--text-encoder", tiny_t5), {"branches": 2, "text_tokens": 512}),
+        (("--prompt", long, "--text-encoder", t5_folder), {"branches": 2, "text_tokens": 512}),
     ):
         plans.clear()
         assert "denoise" in restore("--dry-run", *options)[1]

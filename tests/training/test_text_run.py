@@ -1,4 +1,4 @@
-"""Text from its captions to a picture: embed, train, export, restore; each by its command."""
+"""Text from its captions to a picture: import, embed, train, export, restore; each by its command."""
 
 import dataclasses
 import json
@@ -18,17 +18,18 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_from_captions_to_a_picture_that_follows_its_prompt(
-    make_config, photos, tiny_t5, call, tmp_path, monkeypatch
+    make_config, photos, t5_folder, call, tmp_path, monkeypatch
 ):
     def run(main, *arguments):
         status, _, err = call(main, *arguments)
         assert status == 0, err
 
-    folder, text, output = tmp_path / "photos", tmp_path / "text", tmp_path / "run"
+    folder, t5, text, output = (tmp_path / name for name in ("photos", "t5", "text", "run"))
     shutil.copytree(photos, folder)
     for index in range(4):  # the last two have none
         (folder / f"{index}.txt").write_text(f"smooth noise {index}")
-    run(prepare.main, "embed", "--encoder", tiny_t5, "--sources", folder, "--output", text)
+    run(prepare.main, "import-t5", "--model", t5_folder.parent / "hub" / "tiny-t5", "--output", t5)
+    run(prepare.main, "embed", "--encoder", t5, "--sources", folder, "--output", text)
     assert len(TextEmbeddings(text)) == 3 + 4
 
     # A DiT that goes on from random weights: a new one starts with gates of zero, and is deaf for some hundred steps.
@@ -59,11 +60,11 @@ def test_from_captions_to_a_picture_that_follows_its_prompt(
         return read_image_uint8(picture).astype(int)
 
     default = restored()
-    np.testing.assert_array_equal(default, restored("--prompt", POSITIVE_PROMPT, "--text-encoder", tiny_t5))
+    np.testing.assert_array_equal(default, restored("--prompt", POSITIVE_PROMPT, "--text-encoder", t5))
     np.testing.assert_array_equal(default, restored("--negative-prompt", NEGATIVE_PROMPT))
     other_negative = restored("--negative-prompt", "")
     assert not loaded  # these are with the weights
-    prompted = restored("--prompt", "smooth noise", "--text-encoder", tiny_t5)
+    prompted = restored("--prompt", "smooth noise", "--text-encoder", t5)
     assert len(loaded) == 1
     # Random decoders believe the degraded image more than the latent: by a level, but in many pixels.
     assert (default != other_negative).mean() > 0.05 and (default != prompted).mean() > 0.05
