@@ -1,6 +1,7 @@
 """What several test files share: a model of some thousand random weights on disk, entry points run in process."""
 
 import dataclasses
+import functools
 import os
 import sys
 from pathlib import Path
@@ -50,9 +51,8 @@ def tiny_model() -> ModelConfig:
     return TINY
 
 
-@pytest.fixture(scope="session")
-def tiny_weights(tiny_model, tmp_path_factory) -> Path:
-    """Folder with random weights of `tiny_model`, all groups; no layer is left at zero, so everything acts."""
+def save_random_weights(folder: Path, model: ModelConfig) -> Path:
+    """All groups; no layer is left at zero, so everything acts."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -71,9 +71,14 @@ def tiny_weights(tiny_model, tmp_path_factory) -> Path:
         inputs = np.prod(leaf.shape[-len(leaf.shape) : -1])
         return jnp.asarray(generator.normal(0, 0.7 / np.sqrt(inputs), leaf.shape), leaf.dtype)
 
-    folder = tmp_path_factory.mktemp("weights") / "tiny"
-    save_weights(folder, tiny_model, jax.tree_util.tree_map_with_path(draw, abstract_weights(tiny_model)))
+    save_weights(folder, model, jax.tree_util.tree_map_with_path(draw, abstract_weights(model)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tiny_model, tmp_path_factory) -> Path:
+    """Folder with random weights of `tiny_model`."""
+    return save_random_weights(tmp_path_factory.mktemp("weights") / "tiny", tiny_model)
 
 
 @pytest.fixture
@@ -135,3 +140,82 @@ def quick_compile():
         yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+def foreign_model(kind):
+    """Of another project's tiny model in tests/parity, "t5" or "sd_vae": (config.json, tensors by name, other arrays)."""
+    import json
+
+    import numpy as np
+
+    with np.load(Path(__file__).parent / "parity" / f"{kind}.npz") as file:
+        arrays = dict(file)
+    tensors = {name[8:]: arrays.pop(name) for name in list(arrays) if name.startswith("weights/")}
+    if kind == "t5":
+        del tensors["encoder.embed_tokens.weight"]  # is shared.weight, and stands in no file a second time
+    return json.loads(str(arrays.pop("config"))), tensors, arrays
+
+
+def write_foreign_model(folder, kind, config, tensors):
+    """A folder in the hub's layout, T5 with a tokenizer of 34 tokens that knows the small letters of HARBOUR."""
+    import json
+
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True)
+    stem = {"t5": "model", "sd_vae": "diffusion_pytorch_model"}[kind]
+    save_file(tensors, folder / f"{stem}.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    if kind == "t5":
+        (folder / "spiece.model").write_bytes(spiece_model())
+        (folder / "tokenizer_config.json").write_text(json.dumps({"extra_ids": 4}))
+    return folder
+
+
+HARBOUR = "a photograph of a harbour at night, the boats are blurry and noisy"
+
+
+@functools.cache
+def spiece_model():
+    """A tokenizer of T5's kind and token numbers, as sentencepiece writes it."""
+    import io
+
+    import sentencepiece
+
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([HARBOUR] * 8),
+        model_writer=written,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return written.getvalue()
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory):
+    """The tiny T5 of tests/parity with a tokenizer, as `prepare import-t5` writes it, float32."""
+    from zipir_jax.text_encoder import import_encoder
+
+    config, tensors, _ = foreign_model("t5")
+    folder = tmp_path_factory.mktemp("t5")
+    hub = write_foreign_model(folder / "hub" / "tiny-t5", "t5", config, tensors)
+    import_encoder(str(hub), folder / "ours", "float32")
+    return folder / "ours"
+
+
+@pytest.fixture(scope="session")
+def sd_vae_folder(tmp_path_factory):
+    """The tiny AutoencoderKL of tests/parity, as `prepare import-sd-vae` writes it, float32."""
+    from zipir_jax.weights.foreign import import_weights, read_config
+
+    config, tensors, _ = foreign_model("sd_vae")
+    folder = tmp_path_factory.mktemp("sd_vae")
+    hub = write_foreign_model(folder / "hub", "sd_vae", config, tensors)
+    import_weights("sd_vae", hub, "tiny-sd-vae", read_config("sd_vae", hub, "float32"), folder / "ours")
+    return folder / "ours"

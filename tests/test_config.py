@@ -45,6 +45,7 @@ from zipir_jax.config import (
         (DataConfig, "aspect_ratios", (5.0,), r"aspect ratio \(5.0, 5.0\) is not .* within 0.25 to 4"),
         (DataConfig, "batch_tokens", -1, "batch_tokens -1 is not at least 0"),
         (DataConfig, "text_dropout", 1.5, "text_dropout 1.5 is not between 0 and 1"),
+        (DataConfig, "low_quality_probability", -0.1, "low_quality_probability -0.1 is not between 0 and 1"),
         (DataConfig, "workers", -1, "workers -1 is not at least 0"),
         (MeshConfig, "tensor", 0, "tensor 0 is not at least 1"),
         (MeshConfig, "fsdp", 0, "data and fsdp are both 0"),

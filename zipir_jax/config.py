@@ -470,6 +470,65 @@ class DiTConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Encoder of T5 v1.1 (Raffel et al. 2020; Shazeer 2020); the defaults are XXL's 4.76B."""
+
+    layers: int = 24
+    width: int = 4096  # channels of the embeddings
+    heads: int = 64
+    head_width: int = 64  # channels of a head; all heads together may have more or fewer than width
+    hidden: int = 10240  # channels within the feed-forward network
+    vocabulary: int = 32128  # tokens with an embedding
+    # Distances between tokens share as many biases of the attention, half of them for each direction; those of
+    # max_distance tokens and more share the last.
+    buckets: int = 32
+    max_distance: int = 128
+    compute_dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        for name in ("layers", "width", "heads", "head_width", "hidden", "vocabulary"):
+            _check_at_least(name, getattr(self, name), 1)
+        if self.buckets < 4 or self.buckets % 4:
+            raise ValueError(f"buckets {self.buckets} is not a multiple of 4.")
+        # Up to a quarter of the buckets, a distance has one of its own.
+        _check_at_least("max_distance", self.max_distance, self.buckets // 4 + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SDVAEConfig:
+    """Autoencoder of Stable Diffusion (Rombach et al. 2022), the paper's baseline; the defaults are its f8c4.
+
+    The paper's f32c64 (supplement F) has multipliers 1, 2, 4, 4, 4, 4 and 64 channels.
+    """
+
+    base_channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of base_channels, one per scale, highest resolution first
+    blocks_per_scale: int = 2  # of the encoder; the decoder has one more
+    latent_channels: int = 4
+    groups: int = 32  # of channels that a norm looks at together, with all their pixels
+    attention: bool = True  # a layer of it at the lowest resolution, in the encoder and in the decoder
+    scaling: float = 0.18215  # factor from the posterior's mean to the latent, to about unit variance
+    compute_dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("base_channels", "blocks_per_scale", "latent_channels", "groups"):
+            _check_at_least(name, getattr(self, name), 1)
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers {self.multipliers} are not at least one number of at least 1.")
+        for multiplier in self.multipliers:
+            if self.base_channels * multiplier % self.groups:
+                raise ValueError(
+                    f"{self.base_channels * multiplier} channels are not a multiple of {self.groups} groups."
+                )
+        _check_positive("scaling", self.scaling)
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the image per latent pixel."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything that defines a set of weights."""
 
@@ -565,6 +624,18 @@ class DiscriminatorConfig:
         _check_at_least("layers", self.layers, 1)
 
 
+# What a model with text is told where nobody says what a photograph shows: how it should look, which holds for all of
+# them. The wording is ours; the paper gives none.
+POSITIVE_PROMPT = (
+    "A sharp, detailed, high-resolution photograph with natural colours, fine texture and clean edges."
+)
+# What guidance leads away from, and the caption of low-quality images in training (paper section 3.2): it names what
+# the degradations of training do to an image, and nothing that a good photograph may show.
+NEGATIVE_PROMPT = (
+    "A blurry, noisy, low-resolution photograph with JPEG artifacts, smeared texture and lost detail."
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Training images, how they are cut, and how many make a batch."""
@@ -591,6 +662,9 @@ class DataConfig:
     text_dropout: float = (
         0.05  # probability that the empty text takes the place of a caption (paper supplement A)
     )
+    # dit with text: probability that a crop is degraded twice: once into what is to be restored, whose caption is then
+    # NEGATIVE_PROMPT, and once more into its degraded partner (paper section 3.2, which gives no share).
+    low_quality_probability: float = 0.0
 
     def __post_init__(self):
         if not self.resolutions or not self.aspect_ratios:
@@ -614,6 +688,7 @@ class DataConfig:
         _check_at_least("cache_gib", self.cache_gib, 0)
         _check_at_least("text_tokens", self.text_tokens, 1)
         _check_probability("text_dropout", self.text_dropout)
+        _check_probability("low_quality_probability", self.low_quality_probability)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,7 +78,7 @@ def evaluate(
 
     cache_compiled_programs()
     restorer = Restorer.load(weights)
-    check_sampling(restorer.config, sampling)
+    check_sampling(restorer.config, sampling, restorer.negative_text is not None)
     restore = functools.partial(restorer.restore, sampling=sampling, seed=seed)
     ours = f"zipir_jax, {sampling.steps} steps"
     methods = {

@@ -1,7 +1,8 @@
 """How arrays are divided over devices: one table from parameter paths to logical axes, one from these to the mesh.
 
-Mesh axes: `data` repeats the model; `fsdp` divides the DiT's parameters and optimizer state, which are gathered where
-they are used; `tensor` divides the DiT's heads and hidden channels, and the height of the images that the LP-VAE reads.
+Mesh axes: `data` repeats the model; `fsdp` divides the parameters of the DiT and of T5, and the optimizer state, which
+are gathered where they are used; `tensor` divides the heads and hidden channels of both, and the height of the images
+that the LP-VAE reads.
 The batch is divided over `data` and `fsdp`. Everything else follows by XLA's propagation.
 """
 
@@ -29,6 +30,7 @@ PARAMETER_AXES = (
     (r"(timestep_in|embed_noisy|embed_lq)\.kernel$", (None, "embed")),
     (r"(timestep_out|final_modulation)\.kernel$", ("embed", "hidden")),
     (r"head\.kernel$", ("embed", None)),
+    (r"token_embedding\.embedding$", (None, "embed")),
     # Convolutions stay whole: the LP-VAE's parameters are few beside its images.
     (r"kernel$", (None, None, None, None)),
 )

@@ -1,16 +1,21 @@
 """Command line that prepares and inspects training data: `python -m zipir_jax.prepare COMMAND --help`."""
 
+import itertools
 import os
+import sys
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from zipir_jax import imageio
 from zipir_jax.command_line import parse, run
-from zipir_jax.config import DegradationConfig, IndexConfig
+from zipir_jax.config import DataConfig, DegradationConfig, IndexConfig
 from zipir_jax.data.degrade import MINIMUM_SIDE, check_image
 from zipir_jax.data.preview import contact_sheet
+
+CAPTIONS_AT_ONCE = 256  # that a text encoder sorts into batches of one length
 
 
 def preview(
@@ -81,6 +86,7 @@ def export(
     step: int | None = None,
     file_format: Literal["safetensors", "orbax"] = "safetensors",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    text: Path | None = None,
 ) -> None:
     """Write what restoring needs of a training run's weights.
 
@@ -90,6 +96,8 @@ def export(
         step: of a run's checkpoint, in place of the newest
         file_format: one file, or Orbax's folder of many, which many hosts read at once
         dtype: of the parameters; statistics stay float32
+        text: folder that `prepare embed` wrote; its embeddings of the default prompts go with the weights of a model
+            with text, which then restores without a text encoder. Not given: those that the weights come with
     """
     if weights.exists() and output.exists() and output.samefile(weights):
         raise ValueError(
@@ -98,10 +106,15 @@ def export(
     import ml_dtypes
     from jax import tree  # takes seconds, and preview does not need it
 
+    from zipir_jax.data.text import TextEmbeddings
+    from zipir_jax.prompts import check_prompts, write_prompts
     from zipir_jax.restorer import NEEDED
     from zipir_jax.training.export import run_weights
-    from zipir_jax.weights import FILES, check_groups, load_weights, save_weights
+    from zipir_jax.weights import FILES, check_groups, check_text, load_text, load_weights, save_weights
 
+    prompts = None if text is None else TextEmbeddings(text)
+    if prompts is not None:
+        check_prompts(prompts)
     if (weights / "checkpoints").is_dir():
         config, groups = run_weights(weights, step)
         check_groups(weights, groups, NEEDED)
@@ -109,6 +122,9 @@ def export(
         raise ValueError(f"{weights}: no run here, and step {step} names a run's checkpoint")
     else:
         config, groups = load_weights(weights, NEEDED)
+        prompts = prompts or load_text(weights)
+    if text is not None:
+        check_text(prompts, config)
     narrow = ml_dtypes.bfloat16 if dtype == "bfloat16" else "float32"
     groups = {
         # Statistics are 134 numbers that scale everything: they stay float32.
@@ -116,9 +132,71 @@ def export(
         for name in NEEDED
     }
     save_weights(output, config, groups, file_format)
+    if prompts is not None:
+        write_prompts(output, prompts)
+    elif config.dit.text_width:
+        print(
+            f"{output}: without embeddings of the default prompts: restoring needs a text encoder, or --text here",
+            file=sys.stderr,
+        )
     path = output / FILES[file_format]
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     print(f"{output}: {sum(file.stat().st_size for file in files) / 2**20:.2f} MiB")
+
+
+def embed(
+    encoder: Path,
+    output: Path,
+    sources: tuple[str, ...] = (),
+    tokens: int = DataConfig.text_tokens,
+) -> None:
+    """Write the text embeddings that training (--data.text OUTPUT) and restoring (export --text OUTPUT) work with.
+
+    They are those of the empty caption, of the default positive and negative prompt, and of every caption of the
+    sources. An interrupted run has to be started again.
+
+    Args:
+        encoder: folder that `prepare import-t5` wrote
+        output: folder to write
+        sources: images with captions, as data.sources of the training
+        tokens: of an embedding; what is longer is cut, as data.text_tokens of the training does
+    """
+    from zipir_jax.command_line import cache_compiled_programs
+    from zipir_jax.data.records import check_new
+    from zipir_jax.data.sources import open_sources
+    from zipir_jax.data.text import INDEX_FILE, TextEmbeddings, distinct, write_text
+    from zipir_jax.prompts import DEFAULT_PROMPTS
+
+    if tokens < 1:
+        raise ValueError(f"tokens is {tokens}; it must be at least 1.")
+    check_new(output, INDEX_FILE)  # to load an encoder takes minutes
+    source = open_sources(sources) if sources else None
+    cache_compiled_programs()
+    from zipir_jax.text_encoder import TextEncoder
+
+    t5, unreadable = TextEncoder.load(encoder), list(source.damaged if source else ())
+    for line in unreadable:
+        print(line, file=sys.stderr)
+
+    def captions():
+        yield from DEFAULT_PROMPTS
+        for index in tqdm(range(len(source) if source else 0), unit="caption", dynamic_ncols=True):
+            try:
+                yield source.caption(index)
+            except ValueError as error:  # training passes over its image as well
+                unreadable.append(str(error))
+                tqdm.write(unreadable[-1], file=sys.stderr)
+
+    def embeddings():
+        new = distinct(captions())
+        while together := list(itertools.islice(new, CAPTIONS_AT_ONCE)):
+            for caption, embedding in zip(together, t5.encode(together), strict=True):
+                yield caption, embedding[:tokens]
+
+    write_text(output, embeddings(), t5.name)
+    print(f"{output}: embeddings of {len(TextEmbeddings(output))} captions")
+    if unreadable:
+        print(f"{len(unreadable)} images or captions could not be read", file=sys.stderr)
 
 
 def statistics(
@@ -144,7 +222,7 @@ def statistics(
         images: how many of them
         seed: of their choice
     """
-    from zipir_jax.config import MODELS, DataConfig, TrainConfig
+    from zipir_jax.config import MODELS, TrainConfig
     from zipir_jax.data.sources import open_sources
     from zipir_jax.training.loop import statistics_images
     from zipir_jax.training.statistics import latent_statistics, macro_statistics
@@ -192,12 +270,51 @@ def latents(config: Path, sources: tuple[str, ...], output: Path, batches: int, 
     print(f"{output}: latents of {count} crops")
 
 
+def import_t5(model: str, output: Path, dtype: Literal["bfloat16", "float32"] = "bfloat16") -> None:
+    """Bring a T5 v1.1 text encoder into our layout: what makes the embeddings of captions and prompts.
+
+    Args:
+        model: of the Hugging Face hub, as google/t5-v1_1-xxl, or a folder in its layout; with safetensors
+        output: folder to write
+        dtype: of the parameters, and what the encoder computes in
+    """
+    from zipir_jax.models.layers import abstract_params, count_params
+    from zipir_jax.models.t5 import T5Encoder
+    from zipir_jax.text_encoder import import_encoder
+
+    config = import_encoder(model, output, dtype)
+    count = count_params(abstract_params(T5Encoder, config))
+    print(f"{output}: {count:,} parameters, embeddings of {config.width} channels")
+
+
+def import_sd_vae(model: str, output: Path, dtype: Literal["bfloat16", "float32"] = "float32") -> None:
+    """Bring an autoencoder of Stable Diffusion into our layout, to compare reconstructions with (see evaluate).
+
+    Args:
+        model: of the Hugging Face hub, as stabilityai/sd-vae-ft-mse, or a folder in its layout; with safetensors
+        output: folder to write
+        dtype: of the parameters, and what the networks compute in
+    """
+    from zipir_jax.models.layers import abstract_params, count_params
+    from zipir_jax.models.sd_vae import SDVAE
+    from zipir_jax.weights.foreign import find_model, import_weights, read_config
+
+    folder, name = find_model("sd_vae", model)
+    config = read_config("sd_vae", folder, dtype)
+    import_weights("sd_vae", folder, name, config, output)
+    count = count_params(abstract_params(SDVAE, config))
+    print(f"{output}: {count:,} parameters, f{config.factor}c{config.latent_channels}")
+
+
 COMMANDS = {
     "preview": preview,
     "index": index,
     "export": export,
+    "embed": embed,
     "statistics": statistics,
     "latents": latents,
+    "import-t5": import_t5,
+    "import-sd-vae": import_sd_vae,
 }
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Key, UInt8
 
-from zipir_jax.config import ModelConfig, SamplingConfig, check_seed
+from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT, ModelConfig, SamplingConfig, check_seed
 from zipir_jax.diffusion.guidance import faithful, guided
 from zipir_jax.diffusion.objective import add_noise, predict_clean
 from zipir_jax.diffusion.samplers import initial_noise, sample
@@ -29,7 +29,7 @@ from zipir_jax.models.layers import bind
 from zipir_jax.models.lp_vae import encode, unwhiten, whiten
 from zipir_jax.models.pixel_decoder import pixel_decode
 from zipir_jax.planner import MARGIN, TEXT_BLOCK, Plan, available_memory, make_plan
-from zipir_jax.weights import load_weights
+from zipir_jax.weights import load_text, load_weights
 
 NEEDED = ("statistics", "coarse_encoder", "fine_encoder", "dit", "pixel_decoder")
 PHASES = ("encode", "denoise", "decode")  # that `Restorer.restore` reports, in this order
@@ -93,22 +93,31 @@ class Restorer:
 
     config: ModelConfig
     weights: dict
+    # What a model with text restores with where it is given no other: embeddings of the default prompts.
+    text: Float[np.ndarray, "l c"] | None = None
+    negative_text: Float[np.ndarray, "l2 c"] | None = None
 
     @classmethod
     def load(cls, weights: str | Path = "default", attention: str | None = None) -> "Restorer":
         """Read a folder of weights, or the "default" ones of the package.
 
-        attention: implementation, see models/attention.py; None: the one that the weights were trained with.
+        attention: implementation, see models/attention.py; None: the one that the weights were trained with. The
+        default prompts' embeddings are read where the folder has some (`prepare export --text`).
 
         Raises ValueError, naming folder and tensor, if they cannot be read or do not fit together, and for attention
         that does not run here.
         """
+        stored = load_text(weights)
         config, groups = load_weights(weights, NEEDED)
         if attention is not None:
             config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, attention=attention))
         check_implementation(config.dit.attention, config.dit.compute_dtype)
         groups = in_compute_dtype(config, {group: groups[group] for group in NEEDED})
-        return cls(config, jax.device_put(groups))
+        prompts = [
+            stored[prompt] if stored is not None and prompt in stored else None
+            for prompt in (POSITIVE_PROMPT, NEGATIVE_PROMPT)
+        ]
+        return cls(config, jax.device_put(groups), *prompts)
 
     def restore(
         self,
@@ -129,7 +138,8 @@ class Restorer:
         image: [h, w, 3] or [b, h, w, 3], uint8, or float32 in [-1, 1]; the result has its dtype. Give `scale`, the
         factor on both sides, or `size`, (height, width) in pixels. Each picture of a batch starts from the noise that
         it would have alone. denoise=False skips the diffusion and decodes the degraded image's latent as it is.
-        text, negative_text: embeddings for models trained with text. memory: bytes that the device may spend beside
+        text, negative_text: embeddings for models trained with text; None: those of the default prompts that the
+        weights came with. memory: bytes that the device may spend beside
         the weights; None: `self.memory`. What does not fit whole runs in tiles, with the same result, and
         a batch in parts. `progress` is told each of the PHASES before it starts, for each part anew.
 
@@ -139,6 +149,9 @@ class Restorer:
         is_bytes = check_image(image)
         height, width = target_size(image.shape[-3:-1], scale, size)
         batch = image[None] if image.ndim == 3 else image
+        if self.config.dit.text_width:
+            text = self.text if text is None else text
+            negative_text = self.negative_text if negative_text is None else negative_text
         texts = self._texts(len(batch), text, negative_text)
         if denoise:
             check_sampling(self.config, sampling, negative_text is not None)
@@ -202,7 +215,7 @@ class Restorer:
     ) -> Plan:
         """How `restore` would make a picture, or a batch, of this shape; arguments as there.
 
-        branches of the guidance: see `branches_of`; 0: no diffusion. text_tokens: of the longer text. Raises
+        branches of the guidance: see `branches_of`; 0: no diffusion. text_tokens: see `padded_tokens`. Raises
         ValueError, with the numbers and the largest size that fits, for what does not fit into the memory.
         """
         height, width = target_size(shape[-3:-1], scale, size)
@@ -243,9 +256,11 @@ class Restorer:
             if text is not None and (text.ndim != 2 or text.shape[1] != channels):
                 raise ValueError(f"text embeddings have shape {text.shape}, not [length, {channels}]")
         if texts[0] is None:
-            raise ValueError("these weights were trained with text: give text embeddings")
-        longest = max(len(text) for text in texts if text is not None)
-        longest = math.ceil(longest / TEXT_BLOCK) * TEXT_BLOCK
+            raise ValueError(
+                "these weights were trained with text and come with no embedding of the default prompt: give text "
+                "embeddings, or store it with the weights (prepare export --text)"
+            )
+        longest = padded_tokens(*texts)
 
         def batched(text):
             padded = np.zeros((longest, channels), np.float32)
@@ -256,6 +271,12 @@ class Restorer:
             }
 
         return tuple(None if text is None else batched(text) for text in texts)
+
+
+def padded_tokens(*texts: Float[np.ndarray, "_ c"] | None) -> int:
+    """Tokens that text embeddings, or None in the place of one, are padded to; 0 where there are none."""
+    longest = max((len(text) for text in texts if text is not None), default=0)
+    return math.ceil(longest / TEXT_BLOCK) * TEXT_BLOCK
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,4 +1,4 @@
-"""Restore photographs: `python -m zipir_jax.sample --input PATH --output PATH [--scale 4]`."""
+"""Restore photographs: `python -m zipir_jax.sample --input PATH --output PATH [--scale 4] [--prompt TEXT]`."""
 
 import os
 import sys
@@ -34,6 +34,10 @@ def restore_files(
     overwrite: bool = False,
     memory_gib: float | None = None,
     dry_run: bool = False,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    prompt_file: Path | None = None,
+    text_encoder: Path | None = None,
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig(),
 ) -> int:
     """Restore a photograph, or every photograph of a folder.
@@ -53,6 +57,11 @@ def restore_files(
         memory_gib: memory of the device to spend beside the weights; what does not fit whole runs in tiles, with the
             same result. Not given: nine tenths of what is free, on a CPU half of it
         dry_run: restore nothing; print how each picture would be restored and the memory that it needs
+        prompt: what the photographs show, for weights trained with text; not given: of each what NAME.txt or NAME.json
+            beside it says, else the default prompt
+        negative_prompt: what the guidance leads away from; not given: the default negative prompt; "" is no text
+        prompt_file: CSV file with the columns file_name and text: prompts of single photographs, before all others
+        text_encoder: folder that `prepare import-t5` wrote; loaded only for prompts that the weights do not come with
         sampling: how the latent is sampled
     """
     target = None if size is None else parse_size(size)
@@ -61,16 +70,22 @@ def restore_files(
         scale = 4.0
     jobs = plan(input, output, format)
     check_outputs(jobs, may_exist=overwrite or input.is_dir())  # in a folder, what exists is skipped below
+    if negative_prompt is not None and sampling.guidance == 1:
+        raise ValueError("a negative prompt has no effect with guidance 1; leave one of them out")
     # Importing jax takes seconds; bad arguments should not wait for it.
-    from zipir_jax.restorer import PHASES, Restorer, check_sampling, target_size
+    from zipir_jax.prompts import prompt_texts
+    from zipir_jax.restorer import PHASES, Restorer, branches_of, check_sampling, padded_tokens, target_size
 
     target_size((1, 1), scale, target)  # a scale or size that no image can have
     if memory_gib is not None and not memory_gib > 0:
         raise ValueError(f"memory of {memory_gib:g} GiB is not above 0")
     memory = None if memory_gib is None else int(memory_gib * 2**30)
     cache_compiled_programs()
+    # Before the weights are loaded, so that a text encoder has the memory for itself.
+    to_restore = [source for source, destination in jobs if overwrite or not destination.exists()]
+    texts = prompt_texts(to_restore, weights, prompt, negative_prompt, prompt_file, text_encoder)
     restorer = Restorer.load(weights, attention)
-    check_sampling(restorer.config, sampling)
+    check_sampling(restorer.config, sampling, has_negative_text=restorer.config.dit.text_width > 0)
     failures = 0
     with tqdm(total=len(PHASES) * len(jobs), unit="phase", dynamic_ncols=True, disable=dry_run) as bar:
 
@@ -82,16 +97,21 @@ def restore_files(
         for index, (source, destination) in enumerate(jobs):
             bar.set_description(source.name)
             try:
-                if destination.exists() and not overwrite:
+                if source not in texts or (destination.exists() and not overwrite):
                     raise ValueError(f"{destination}: {EXISTS}")
                 image = read_image(source)
                 options = {"scale": scale, "size": target, "memory": memory}
                 try:
                     if dry_run:
-                        print(f"{source}:", *restorer.plan(image.shape, **options).lines(), sep="\n")
+                        cost = {
+                            "branches": branches_of(sampling, has_negative_text=bool(texts[source])),
+                            "weak_lq": sampling.weak_lq is not None,
+                            "text_tokens": padded_tokens(*texts[source].values()),
+                        }
+                        print(f"{source}:", *restorer.plan(image.shape, **options, **cost).lines(), sep="\n")
                         continue
                     restored = restorer.restore(
-                        image, **options, sampling=sampling, seed=seed, progress=progress
+                        image, **options, **texts[source], sampling=sampling, seed=seed, progress=progress
                     )
                 except ValueError as error:  # the restorer knows no files; reading and writing name theirs
                     raise ValueError(f"{source}: {error}") from error

@@ -1,5 +1,6 @@
 """Cached latents: what the encoder gave comes back, to the precision of float16."""
 
+import json
 import pickle
 
 import numpy as np
@@ -51,6 +52,16 @@ def test_the_representation_names_crops_and_encoder_and_not_the_place(folder, tm
 def test_it_has_what_the_training_loop_asks_of_a_source(folder):
     cached = CachedLatents(folder)
     assert cached.damaged == [] and cached.name == str(folder)
+
+
+def test_it_tells_the_share_of_low_quality_images(folder, tmp_path):
+    assert CachedLatents(folder).low_quality_probability == 0
+    write_latents(tmp_path / "some", map(item, range(2)), "two crops", "0123", 0.05)
+    assert CachedLatents(tmp_path / "some").low_quality_probability == 0.05
+    index = json.loads((tmp_path / "some" / "latents.json").read_text())
+    del index["low_quality_probability"]  # as in folders of before
+    (tmp_path / "some" / "latents.json").write_text(json.dumps(index))
+    assert CachedLatents(tmp_path / "some").low_quality_probability == 0
 
 
 def test_a_pickled_one_opens_its_files_anew(folder):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zipir_jax.config import DataConfig, DegradationConfig, DiTConfig
+from zipir_jax.config import NEGATIVE_PROMPT, DataConfig, DegradationConfig, DiTConfig
 from zipir_jax.data.latents import CachedLatents, write_latents
 from zipir_jax.data.pipeline import READ_TRIES, batch_shapes, batches, crop_size, random_crop, read_item
 from zipir_jax.data.sources import open_sources
@@ -570,6 +570,50 @@ def test_an_image_whose_caption_has_no_embedding_counts_as_unreadable(source, em
         pairs = zip(shown(batch), shown(whole), strict=True)
         assert all(index == other or other == 3 for index, other in pairs)
         assert data.unreadable == [f"{tmp_path / 'fewer'}: no embedding of the caption 'photo 3'"]
+
+
+def energy(images):
+    """Mean square of the differences of neighbours: what degrading takes from images of noise."""
+    return (np.diff(images[..., :2], axis=2) ** 2).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("with_text", [True, False], ids=["text", "no text, as for cached latents"])
+def test_low_quality_images_are_degraded_ones_with_the_negative_prompt(source, tmp_path, with_text):
+    captions = [NEGATIVE_PROMPT, *map(caption_of, range(len(SIZES)))]
+    write_text(tmp_path / "text", ((caption, embedding(caption)) for caption in captions), "t5-tiny")
+    text = TextEmbeddings(tmp_path / "text") if with_text else None
+
+    def batches_of(probability, count=15):
+        changes = {"text": "t", "text_tokens": 20, "text_dropout": 0.0} if with_text else {}
+        settings = config(batch_size=12, zoom=(1.0, 1.0), low_quality_probability=probability, **changes)
+        data = batches(settings, source, 0, DegradationConfig(), text)
+        return [(next(data), data.low_quality, data.indices) for _ in range(count)]
+
+    low, without = [], batches_of(0.0)
+    for (batch, low_quality, indices), (clean, none, same) in zip(batches_of(0.3), without, strict=True):
+        assert not none.any() and np.array_equal(indices, same)
+        # The crop is the same one, and what is degraded of it is a pair, as any other.
+        np.testing.assert_array_equal(batch["image"][~low_quality], clean["image"][~low_quality])
+        share = energy(batch["image"]) / energy(clean["image"])
+        assert (share[low_quality] < 0.8).all()
+        assert (np.abs(batch["image"] - batch["lq"]).mean((1, 2, 3)) > 1e-3).all()
+        low += low_quality.tolist()
+        if not with_text:
+            continue
+        for index, is_low, found in zip(indices, low_quality, batch["text"], strict=True):
+            expected = embedding(NEGATIVE_PROMPT if is_low else caption_of(index))[:20]
+            np.testing.assert_array_equal(found[: len(expected)], expected)
+    assert np.mean(low) == pytest.approx(0.3, abs=4 * np.sqrt(0.3 * 0.7 / len(low)))  # 4 deviations
+    first, again = (batches_of(1.0, 2) for _ in range(2))
+    assert all(low_quality.all() for _, low_quality, _ in first)
+    assert_same([batch for batch, _, _ in first], [batch for batch, _, _ in again])
+
+
+def test_without_a_degradation_no_image_is_a_low_quality_one(source):
+    """The statistics of the latent are those of clean images."""
+    data = batches(config(low_quality_probability=1.0), source, 0)
+    assert_same(take(data, 2), take(batches(CONFIG, source, 0), 2))
+    assert not data.low_quality.any()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from zipir_jax.data import text
-from zipir_jax.data.text import TextEmbeddings, write_text
+from zipir_jax.data.text import TextEmbeddings, distinct, write_text
 
 CAPTIONS = ["a lake", "", "zwei Boote, früh am Ufer", "a lake ", "A lake", "湖", "a \ud83d half"]
 
@@ -49,6 +49,18 @@ def test_many_captions_are_found_again(tmp_path):
 def test_a_caption_may_be_written_twice(tmp_path):
     write_text(tmp_path / "out", [(caption, embedding(caption)) for caption in ("b", "", "b", "")], "t5")
     assert TextEmbeddings(tmp_path / "out")["b"].shape == (2, 6)
+
+
+def test_captions_that_come_again_are_left_out():
+    captions = ["b", "", "a", "b", "B", "", "a \ud83d half", "a \ud83d half", "c"]
+    assert list(distinct(iter(captions))) == ["b", "", "a", "B", "a \ud83d half", "c"]
+
+
+def test_it_tells_which_captions_it_has_and_who_made_them(folder):
+    embeddings = TextEmbeddings(folder)
+    assert all(caption in embeddings for caption in CAPTIONS)
+    assert "a sea" not in embeddings and "a lake  " not in embeddings
+    assert embeddings.encoder == "t5"
 
 
 def test_an_unknown_caption_is_named_and_a_long_one_cut(folder):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from zipir_jax import prepare
 from zipir_jax.command_line import run
-from zipir_jax.config import DataConfig, SamplingConfig
+from zipir_jax.config import NEGATIVE_PROMPT, DataConfig, SamplingConfig
 from zipir_jax.data.latents import CachedLatents, write_latents
 from zipir_jax.data.pipeline import batches
 from zipir_jax.data.sources import FolderSource, open_sources
@@ -27,6 +27,7 @@ from zipir_jax.models.lp_vae import encode, whiten
 from zipir_jax.restorer import NEEDED, Restorer
 from zipir_jax.train import main
 from zipir_jax.training import loop, losses
+from zipir_jax.training.cache import cache_latents
 from zipir_jax.training.checkpoint import encoder_digest
 from zipir_jax.training.export import run_weights
 from zipir_jax.training.loop import PREVIEW_IMAGES, check, statistics_images, train
@@ -345,6 +346,51 @@ def test_latents_of_other_encoders_are_refused(make_config, trained, tmp_path):
     )
     with pytest.raises(ValueError, match=r"latents: other encoders made these latents than .* holds"):
         train(config)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "width"),
+    [("dit", {}, 0), ("pixel_decoder", {"decoder_noise": (0.0, 0.5)}, 64), ("fine", {}, 64)],
+)
+def test_low_quality_images_need_a_dit_that_reads_what_they_are(make_config, stage, changes, width):
+    config = with_text(make_config(stage, output="run", init_from="weights", **changes), width)
+    text = "embeddings" if width and stage != "fine" else ""
+    check(replace_data(config, text=text))
+    with pytest.raises(
+        ValueError, match=r"low_quality_probability 0\.05 needs stage dit and a DiT with text"
+    ):
+        check(replace_data(config, text=text, low_quality_probability=0.05))
+    reads = with_text(make_config("dit", output="run", init_from="weights"), 64)
+    check(replace_data(reads, text="embeddings", low_quality_probability=0.05))
+
+
+def test_what_low_quality_images_need_is_asked_for_at_the_start(make_config, trained, tmp_path):
+    _, weights = trained("fine")
+    config = with_text(make_config("dit", output=str(tmp_path / "run"), init_from=str(weights)), 8)
+    config = replace_data(config, text=write_embeddings(tmp_path / "text", 8), low_quality_probability=0.05)
+    with pytest.raises(
+        ValueError, match=r"text: no embedding of the default negative prompt, .* prepare embed"
+    ):
+        train(config)
+    latents = write_random_latents(tmp_path / "latents", encoder_digest(load_weights(weights, ())[1]))
+    with pytest.raises(ValueError, match=r"latents: made with data\.low_quality_probability 0, not 0\.05"):
+        train(replace_data(config, sources=(), latents=latents))
+
+
+def test_cached_low_quality_images_keep_their_caption(make_config, trained, photos, tmp_path):
+    data = DataConfig(sources=(str(photos),), resolutions=(64,), batch_size=2, low_quality_probability=0.5)
+    config = make_config("dit", init_from=str(trained("fine")[1]), data=data)
+    with pytest.raises(ValueError, match="needs stage dit and a DiT with text"):
+        cache_latents(config, tmp_path / "none", 1)
+    config = with_text(config, 8)
+    cache_latents(config, tmp_path / "latents", 8)
+    cached = CachedLatents(tmp_path / "latents")
+    made_of = batches(config.data, FolderSource(photos), config.seed, config.degradation)
+    low_quality = [low for _ in range(8) for low in (next(made_of), made_of.low_quality.tolist())[1]]
+    assert [cached[number]["caption"] for number in range(16)] == [
+        NEGATIVE_PROMPT if low else "" for low in low_quality
+    ]
+    assert 0 < sum(low_quality) < 16 and cached.low_quality_probability == 0.5
 
 
 def test_a_dit_learns_from_cached_latents_and_text(make_config, trained, tmp_path):

@@ -22,12 +22,13 @@ def write_latents(
     items: Iterable[tuple[Float32[np.ndarray, "_ _ c"], Float32[np.ndarray, "_ _ c"], str]],
     contents: str,
     encoder: str,
+    low_quality_probability: float = 0.0,
 ) -> None:
     """Write (latent, degraded image's latent, caption) of each crop.
 
-    contents: what the crops were made of. encoder: a digest of the weights that encoded them, which training compares
-    with its own. Raises ValueError as `write_records`, for two latents of different shapes, and for a value that
-    float16 has not.
+    contents: what the crops were made of. encoder: a digest of the weights that encoded them. low_quality_probability:
+    see DataConfig; training compares both with its own. Raises ValueError as `write_records`, for two latents of
+    different shapes, and for a value that float16 has not.
     """
     folder, sizes = Path(folder), []
 
@@ -48,7 +49,12 @@ def write_latents(
         # Here, as `write_records` writes the index when this returns.
         np.save(folder / SIZES_FILE, np.array(sizes, np.int32).reshape(-1, 2) * LATENT_PIXEL)
 
-    write_records(folder, INDEX_FILE, records(), {"contents": contents, "encoder": encoder})
+    description = {
+        "contents": contents,
+        "encoder": encoder,
+        "low_quality_probability": low_quality_probability,
+    }
+    write_records(folder, INDEX_FILE, records(), description)
 
 
 def _to_float16(array, number):
@@ -64,8 +70,8 @@ def _to_float16(array, number):
 class CachedLatents:
     """What `write_latents` wrote: `source[i] -> {"latent": float32 [h, w, c], "lq_latent": the same, "caption": str}`.
 
-    sizes: height and width in pixels of each crop. encoder: digest of the weights that encoded them. Raises ValueError
-    as `Records`.
+    sizes: height and width in pixels of each crop. encoder: digest of the weights that encoded them.
+    low_quality_probability: that of low-quality images among them. Raises ValueError as `Records`.
     """
 
     def __init__(self, folder: str | Path):
@@ -75,6 +81,8 @@ class CachedLatents:
         self._records = Records(folder, INDEX_FILE, ("contents", "encoder"))
         self.sizes = self._records.column(SIZES_FILE, (len(self), 2), np.int32)
         self.encoder = self._records.index["encoder"]
+        # Folders that were written before there were any do not name it.
+        self.low_quality_probability = self._records.index.get("low_quality_probability", 0.0)
 
     def __reduce__(self) -> tuple:  # a memory-mapped array would be pickled as a whole
         return type(self), (self.folder,)

@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float32, UInt8
 
-from zipir_jax.config import DataConfig, DegradationConfig, DiTConfig
+from zipir_jax.config import NEGATIVE_PROMPT, DataConfig, DegradationConfig, DiTConfig
 from zipir_jax.data.buckets import LATENT_PIXEL, Bucket, make_buckets
 from zipir_jax.data.degrade import degrade_item
 from zipir_jax.data.latents import CachedLatents
@@ -79,8 +79,9 @@ def image_item(
     source: Source,
     text: TextEmbeddings | None,
 ) -> dict:
-    """{"image", "lq"?, "text"?, "text_lengths"?, "index", "unreadable"} for the image at a position of the bucket.
+    """{"image", "lq"?, "text"?, "text_lengths"?, "index", "low_quality", "unreadable"} for a position of the bucket.
 
+    With a degradation, the image is a low-quality one at random: what "lq" is of others, with NEGATIVE_PROMPT's text.
     An image whose caption has no embedding counts as unreadable: some that were added later should not end a run, and
     each is named; where it is all of them, READ_TRIES ends the run at once.
     """
@@ -90,7 +91,14 @@ def image_item(
 
     (index, embedding, image), unreadable = read_item(read, bucket.images, position)
     crop = random_crop(image, bucket.height, bucket.width, config, rng)
+    # Nothing is drawn where the probability is 0: items are then those of a config without it.
+    probability = 0.0 if degradation is None else config.low_quality_probability
+    low_quality = probability > 0 and rng.random() < probability
+    if low_quality:
+        crop = degrade_item(crop, degradation, int(rng.integers(2**63)))
+        embedding = None if text is None else text[NEGATIVE_PROMPT]
     item = {"image": crop, "index": np.int64(index), "unreadable": np.array(unreadable)}
+    item["low_quality"] = np.bool_(low_quality)
     if degradation is not None:
         item["lq"] = degrade_item(crop, degradation, int(rng.integers(2**63)))
     if text is not None:
@@ -166,12 +174,13 @@ class Batches(Iterator):
 
     buckets     the buckets that the batches come from
     indices     where in the source the last batch's images are, int64 [b]; None for cached latents
+    low_quality which of them were degraded into low-quality ones, bool [b]; None for cached latents
     unreadable  a sentence for each item that could not be read so far, once each; others stood in for them
     The state that is saved and restored is the number of batches that were taken, and what they were made of.
     """
 
     def __init__(self, dataset: grain.MapDataset, buckets: list[Bucket], config: DataConfig, contents: str):
-        self.buckets, self.indices, self.unreadable = buckets, None, []
+        self.buckets, self.indices, self.low_quality, self.unreadable = buckets, None, None, []
         self._dataset, self._config, self._contents = dataset, config, contents
         self._taken, self._named = 0, set()
         self._iterators = []  # Grain's, once it is needed
@@ -193,7 +202,9 @@ class Batches(Iterator):
             raise
         self._taken += 1
         # Copied: what a worker sent lies in shared memory, which should not be held on to.
-        self.indices = np.array(batch.pop("index")) if "index" in batch else None
+        self.indices, self.low_quality = (
+            np.array(batch.pop(name)) if name in batch else None for name in ("index", "low_quality")
+        )
         for line in "\n".join(batch.pop("unreadable")).split("\n"):
             if line and line not in self._named:
                 self._named.add(line)

@@ -86,14 +86,19 @@ def write_index_file(path: Path, description: dict[str, Any], shards: list[dict[
         )
 
 
+def check_new(folder: Path, index: str) -> None:
+    """Raises ValueError if the folder holds an index already."""
+    if (folder / index).exists():
+        raise ValueError(f"{folder} holds {index} already: choose another output")
+
+
 def write_records(folder: Path, index: str, records: Iterable[dict], description: dict[str, Any]) -> None:
     """Write records in order, and then `index`, a JSON file, with `description` in it.
 
-    Raises ValueError if the folder holds an index already, and for what cannot be written.
+    Raises ValueError as `check_new`, and for what cannot be written.
     """
     folder = Path(folder)
-    if (folder / index).exists():
-        raise ValueError(f"{folder} holds {index} already: choose another output")
+    check_new(folder, index)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

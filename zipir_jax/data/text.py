@@ -1,7 +1,7 @@
 """Text embeddings on disk, one per caption, so that training needs no text encoder."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -43,10 +43,21 @@ def write_text(
     write_records(folder, INDEX_FILE, records(), {"encoder": encoder})
 
 
-class TextEmbeddings:
-    """`embeddings[caption] -> float32 [l, c]` of what `write_text` wrote; `width` is c.
+def distinct(captions: Iterable[str]) -> Iterator[str]:
+    """Each caption once, in order; of millions of them it keeps the keys alone."""
+    seen = set()
+    for caption in captions:
+        key = _key(caption)
+        if key not in seen:
+            seen.add(key)
+            yield caption
 
-    Raises ValueError as `Records`, and when a caption is asked for that has no embedding.
+
+class TextEmbeddings:
+    """`embeddings[caption] -> float32 [l, c]` of what `write_text` wrote; `caption in embeddings`.
+
+    width: c. encoder: the name of what made them. Raises ValueError as `Records`, and when a caption is asked for that
+    has no embedding.
     """
 
     def __init__(self, folder: str | Path):
@@ -54,25 +65,42 @@ class TextEmbeddings:
         self._records = Records(folder, INDEX_FILE)
         self._keys, self._numbers = self._records.column(CAPTIONS_FILE, (2, len(self._records)), np.uint64)
         self.width = self[""].shape[1]
+        self.encoder = self._records.index["encoder"]
 
     def __repr__(
         self,
     ) -> str:  # a checkpoint holds it: a folder's captions may grow, their encoder may not change
-        return f"TextEmbeddings({self._records.index['encoder']}, {self.width} channels)"
+        return f"TextEmbeddings({self.encoder}, {self.width} channels)"
 
     def __reduce__(self) -> tuple:  # a memory-mapped array would be pickled as a whole
         return type(self), (self.folder,)
 
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, caption: str) -> bool:
+        return self._find(caption) is not None
+
     def __getitem__(self, caption: str) -> Float32[np.ndarray, "l c"]:
+        record = self._find(caption)
+        if record is None:
+            raise ValueError(f"{self.folder}: no embedding of the caption {shortened(caption)!r}")
+        embedding = np.frombuffer(record["embedding"], ml_dtypes.bfloat16)
+        return embedding.reshape(-1, record["width"]).astype(np.float32)
+
+    def _find(self, caption):
         key = _key(caption)
         place = np.searchsorted(self._keys, key)
         if place < len(self._keys) and self._keys[place] == key:
             record = self._records[int(self._numbers[place])]
             if record["caption"] == caption:  # and not another one of the same key
-                embedding = np.frombuffer(record["embedding"], ml_dtypes.bfloat16)
-                return embedding.reshape(-1, record["width"]).astype(np.float32)
-        shown = caption if len(caption) <= 60 else caption[:60] + "..."
-        raise ValueError(f"{self.folder}: no embedding of the caption {shown!r}")
+                return record
+        return None
+
+
+def shortened(caption: str) -> str:
+    """A caption for an error of one line."""
+    return caption if len(caption) <= 60 else caption[:60] + "..."
 
 
 def _key(caption):

@@ -32,19 +32,22 @@ def attention(
     *,
     implementation: str,
     key_lengths: Int[Array, " b"] | None = None,
+    bias: Float[Array, "n q k"] | None = None,
 ) -> Float[Array, "b q n d"]:
     """Softmax attention, scaled by 1/sqrt(d), over `n` heads.
 
     `implementation` is "xla" (any device and dtype), "cudnn" (NVIDIA, bfloat16 or float16) or "splash" (TPU).
-    `key_lengths` counts the valid keys of each batch item, at least one; the rest are padding. Raises ValueError for
-    another name, and for a kernel on devices, those of the mesh in effect or else of jax's default backend, or dtypes
-    that it is not for.
+    `key_lengths` counts the valid keys of each batch item, at least one; the rest are padding. `bias` is added to the
+    scaled logits; "xla" alone takes one. Raises ValueError for another name, and for a kernel with a bias, on devices,
+    those of the mesh in effect or else of jax's default backend, or with dtypes that it is not for.
     For policies of `jax.checkpoint`, what the backward pass reads beside query, key and value is named "attention".
     What "cudnn" leaves for it has no name, but its kernel is a primitive of its own.
     """
     check_implementation(implementation, query.dtype)
     if implementation == "xla":
-        return checkpoint_name(xla_attention(query, key, value, key_lengths), "attention")
+        return checkpoint_name(xla_attention(query, key, value, key_lengths, bias), "attention")
+    if bias is not None:
+        raise ValueError(f"{implementation} attention takes no bias; xla does")
     if implementation == "splash":
         return splash_attention(query, key, value, key_lengths)
     return jax.nn.dot_product_attention(
@@ -80,27 +83,35 @@ def xla_attention(
     key: Float[Array, "b k n d"],
     value: Float[Array, "b k n d"],
     key_lengths: Int[Array, " b"] | None = None,
+    bias: Float[Array, "n q k"] | None = None,
 ) -> Float[Array, "b q n d"]:
     """`attention` by XLA, exact: as many queries at a time as have LARGEST_LOGITS bytes of logits on a device."""
     attend = functools.partial(
         jax.nn.dot_product_attention, key_value_seq_lengths=key_lengths, implementation="xla"
     )
+    bias = None if bias is None else bias[None]
     batch, queries, heads, _ = query.shape
     # Bytes of a query's logits on a device.
     row = 4 * -(-batch // mesh_parts("batch")) * -(-heads // mesh_parts("heads")) * key.shape[1]
     blocks = -(-queries // max(1, LARGEST_LOGITS // row))
     if blocks == 1:
-        return attend(query, key, value)
+        return attend(query, key, value, bias)
     size = -(-queries // blocks)
     blocks = -(-queries // size)
-    padded = jnp.pad(query, ((0, 0), (0, blocks * size - queries), (0, 0), (0, 0)))
+
+    def split(x, axis):
+        """[blocks, ...], of each the queries along `axis`; zeros fill up the last one."""
+        padding = [(0, (blocks * size - queries) * (i == axis)) for i in range(x.ndim)]
+        shape = (*x.shape[:axis], blocks, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(shape), axis, 0)
+
     # A block's probabilities are computed anew in the backward pass, where all blocks' would be as large as before.
     attend = jax.checkpoint(attend, prevent_cse=False)
     result = jax.lax.map(
-        lambda block: attend(block, key, value),
-        padded.reshape(batch, blocks, size, *query.shape[2:]).swapaxes(0, 1),
+        lambda block: attend(block[0], key, value, block[1]),
+        (split(query, 1), None if bias is None else split(bias, 2)),
     )
-    return result.swapaxes(0, 1).reshape(padded.shape)[:, :queries]
+    return result.swapaxes(0, 1).reshape(batch, blocks * size, *query.shape[2:])[:, :queries]
 
 
 def splash_attention(

@@ -8,10 +8,10 @@ import numpy as np
 from tqdm import tqdm
 
 from zipir_jax import parallel
-from zipir_jax.config import TrainConfig
+from zipir_jax.config import NEGATIVE_PROMPT, TrainConfig
 from zipir_jax.data.latents import CachedLatents, write_latents
 from zipir_jax.training.checkpoint import encoder_digest
-from zipir_jax.training.loop import load_pretrained, open_data, training_batches
+from zipir_jax.training.loop import check_low_quality, load_pretrained, open_data, training_batches
 from zipir_jax.training.stages.dit import latents
 
 
@@ -25,6 +25,7 @@ def cache_latents(config: TrainConfig, output: Path, batches: int) -> int:
         raise ValueError(f"cached latents serve the stage dit, not {config.stage}")
     if not config.init_from:
         raise ValueError("init_from is empty: name the weights of an LP-VAE")
+    check_low_quality(config)
     mesh, pretrained = parallel.make_mesh(config.mesh), load_pretrained(config)
     source, _ = open_data(config)
     data = training_batches(config, source, None, mesh)
@@ -37,8 +38,10 @@ def cache_latents(config: TrainConfig, output: Path, batches: int) -> int:
             arrays = parallel.put_batch(mesh, batch)
             with jax.set_mesh(mesh):
                 found = encoder(weights, {name: arrays[name] for name in ("image", "lq")})
-            for latent, lq_latent, index in zip(*map(np.asarray, found), data.indices, strict=True):
-                yield latent, lq_latent, source.caption(int(index))
+            crops = zip(*map(np.asarray, found), data.indices, data.low_quality, strict=True)
+            for latent, lq_latent, index, low_quality in crops:
+                yield latent, lq_latent, NEGATIVE_PROMPT if low_quality else source.caption(int(index))
 
-    write_latents(output, items(), repr(source), encoder_digest(pretrained))
+    share = config.data.low_quality_probability
+    write_latents(output, items(), repr(source), encoder_digest(pretrained), share)
     return len(CachedLatents(output))

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from zipir_jax import parallel
-from zipir_jax.config import DiffusionConfig, DiTConfig, LPVAEConfig, TrainConfig
+from zipir_jax.config import NEGATIVE_PROMPT, DiffusionConfig, DiTConfig, LPVAEConfig, TrainConfig
 from zipir_jax.data.buckets import Bucket, crop_sides
 from zipir_jax.data.latents import CachedLatents
 from zipir_jax.data.pipeline import Batches, batch_shapes, batches, crop_size
@@ -272,6 +272,16 @@ def open_data(config: TrainConfig) -> tuple[Source | CachedLatents, TextEmbeddin
             f"{data.text}: the embeddings have {text.width} channels, model.dit.text_width is "
             f"{config.model.dit.text_width}"
         )
+    share = data.low_quality_probability
+    if data.latents and source.low_quality_probability != share:
+        raise ValueError(
+            f"{data.latents}: made with data.low_quality_probability {source.low_quality_probability:g}, not {share:g}"
+        )
+    if share and text is not None and NEGATIVE_PROMPT not in text:
+        raise ValueError(
+            f"{data.text}: no embedding of the default negative prompt, the caption of low-quality images; make the "
+            "folder with prepare embed, or set data.low_quality_probability to 0"
+        )
     return source, text
 
 
@@ -445,6 +455,17 @@ def check(config: TrainConfig) -> None:
         )
     if config.data.text and not with_text:
         raise ValueError(f"data.text is of no use to stage {config.stage} with this model: leave it out")
+    check_low_quality(config)
+
+
+def check_low_quality(config: TrainConfig) -> None:
+    """Raises ValueError where low-quality images would be restored to what they are, with no text to tell them by."""
+    share = config.data.low_quality_probability
+    if share and not (config.stage == "dit" and config.model.dit.text_width):
+        raise ValueError(
+            f"data.low_quality_probability {share:g} needs stage dit and a DiT with text, whose caption tells a "
+            f"low-quality image; stage {config.stage} with model.dit.text_width {config.model.dit.text_width} takes 0"
+        )
 
 
 def _not_finite(step, skipped, metrics, checkpoints):

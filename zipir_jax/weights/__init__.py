@@ -3,6 +3,7 @@
 Orbax keeps large weights in many files, which many hosts read and write at once. In `model.safetensors` a tensor's name
 is its path in the nested dict, joined by dots: `fine_encoder.blocks.0.conv1.kernel`. The first part is the group that
 one stage of training makes: statistics, coarse_encoder, coarse_decoder, fine_encoder, fine_decoder, dit, pixel_decoder.
+A folder `text` beside them has the embeddings of prompts that a DiT with text restores with (data/text.py).
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from zipir_jax.config import ModelConfig
+from zipir_jax.data.text import TextEmbeddings
 from zipir_jax.files import replacing
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import abstract_params, check_shapes
@@ -28,6 +30,7 @@ from zipir_jax.models.pixel_decoder import PixelDecoder
 
 DEFAULT = Path(__file__).parent / "default"
 FILES = {"safetensors": "model.safetensors", "orbax": "params"}  # format -> what holds the tensors
+TEXT = "text"  # folder of the prompts' embeddings
 
 
 def abstract_weights(config: ModelConfig) -> dict:
@@ -73,6 +76,43 @@ def _save_safetensors(folder, weights):
         file.write(save(tensors))  # `save_file` would let nobody but the owner read it
 
 
+def weights_folder(weights: Path | str) -> Path:
+    """The folder of weights that are named by it, or as the "default" ones, which come with the package."""
+    return DEFAULT if weights == "default" else Path(weights)
+
+
+def load_config(weights: Path | str) -> ModelConfig:
+    """The config of a folder of weights, or of the "default" ones. Raises ValueError if it cannot be read."""
+    folder = weights_folder(weights)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no weights here (config.json is missing)")
+    try:
+        fields = json.loads((folder / "config.json").read_text())
+        return dacite.from_dict(ModelConfig, fields, dacite.Config(cast=[tuple], strict=True))
+    except (ValueError, TypeError, AttributeError, dacite.DaciteError, OSError) as error:
+        raise ValueError(f"{folder}: the weights cannot be read ({error})") from None
+
+
+def load_text(weights: Path | str) -> TextEmbeddings | None:
+    """The prompts' embeddings that weights come with, if any, for a model with text.
+
+    Raises ValueError as `TextEmbeddings` and `check_text`.
+    """
+    folder, config = weights_folder(weights) / TEXT, load_config(weights)
+    if not config.dit.text_width or not folder.is_dir():
+        return None
+    text = TextEmbeddings(folder)
+    check_text(text, config)
+    return text
+
+
+def check_text(text: TextEmbeddings, config: ModelConfig) -> None:
+    """Raises ValueError where the embeddings are not what the model takes."""
+    takes = config.dit.text_width or "no text"
+    if text.width != takes:
+        raise ValueError(f"{text.folder}: the embeddings have {text.width} channels, the model takes {takes}")
+
+
 def load_weights(
     folder: Path | str, needed: tuple[str, ...], wanted: tuple[str, ...] | None = None
 ) -> tuple[ModelConfig, dict]:
@@ -81,20 +121,14 @@ def load_weights(
     "default" means the weights that come with the package. Raises ValueError, naming the folder and the tensor, if a
     file or a needed group is missing or a shape is not the config's.
     """
-    folder = DEFAULT if folder == "default" else Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no weights here (config.json is missing)")
+    folder = weights_folder(folder)
+    config = load_config(folder)
     if not any((folder / name).exists() for name in FILES.values()):
         raise ValueError(f"{folder}: no weights here ({' or '.join(FILES.values())} is missing)")
     try:
-        config = dacite.from_dict(
-            ModelConfig,
-            json.loads((folder / "config.json").read_text()),
-            dacite.Config(cast=[tuple], strict=True),
-        )
         load = _load_safetensors if (folder / FILES["safetensors"]).exists() else _load_orbax
         loaded = load(folder, wanted)
-    except (ValueError, TypeError, AttributeError, dacite.DaciteError, SafetensorError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, SafetensorError, OSError) as error:
         raise ValueError(f"{folder}: the weights cannot be read ({error})") from None
     loaded = jax.tree.map(lambda tensor: np.asarray(tensor, np.float32), loaded)
     expected = abstract_weights(config)
