@@ -143,7 +143,7 @@ def quick_compile():
 
 
 def foreign_model(kind):
-    """Of another project's tiny model in tests/parity, "t5" or "sd_vae": (config.json, tensors by name, other arrays)."""
+    """Of a tiny "t5" or "sd_vae" of another project, in tests/parity: (config.json, tensors by name, other arrays)."""
     import json
 
     import numpy as np
