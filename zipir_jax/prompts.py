@@ -14,11 +14,8 @@ from zipir_jax.data.sources import read_caption
 from zipir_jax.data.text import INDEX_FILE, TextEmbeddings, shortened, write_text
 from zipir_jax.weights import TEXT, load_config, load_text
 
-DEFAULT_PROMPTS = (
-    "",
-    POSITIVE_PROMPT,
-    NEGATIVE_PROMPT,
-)  # that weights come with; "" is the caption of no text
+# That weights come with; the empty caption stands for no text.
+DEFAULT_PROMPTS = ("", POSITIVE_PROMPT, NEGATIVE_PROMPT)
 COLUMNS = ("file_name", "text")  # of a prompt file, as in the metadata.csv of Hugging Face's imagefolder
 
 

@@ -138,10 +138,10 @@ class Restorer:
         image: [h, w, 3] or [b, h, w, 3], uint8, or float32 in [-1, 1]; the result has its dtype. Give `scale`, the
         factor on both sides, or `size`, (height, width) in pixels. Each picture of a batch starts from the noise that
         it would have alone. denoise=False skips the diffusion and decodes the degraded image's latent as it is.
-        text, negative_text: embeddings for models trained with text; None: those of the default prompts that the
-        weights came with. memory: bytes that the device may spend beside
-        the weights; None: `self.memory`. What does not fit whole runs in tiles, with the same result, and
-        a batch in parts. `progress` is told each of the PHASES before it starts, for each part anew.
+        text, negative_text: embeddings for models trained with text; None: those of the default prompts, if the weights
+        came with them. memory: bytes that the device may spend beside the weights; None: `self.memory`. What does not
+        fit whole runs in tiles, with the same result, and a batch in parts. `progress` is told each of the PHASES
+        before it starts, for each part anew.
 
         Raises ValueError for a wrong shape, dtype, scale or size, for text or sampling that does not suit the model,
         and for a size that needs more memory than there is.

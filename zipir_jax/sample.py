@@ -75,17 +75,19 @@ def restore_files(
     # Importing jax takes seconds; bad arguments should not wait for it.
     from zipir_jax.prompts import prompt_texts
     from zipir_jax.restorer import PHASES, Restorer, branches_of, check_sampling, padded_tokens, target_size
+    from zipir_jax.weights import load_config
 
     target_size((1, 1), scale, target)  # a scale or size that no image can have
     if memory_gib is not None and not memory_gib > 0:
         raise ValueError(f"memory of {memory_gib:g} GiB is not above 0")
     memory = None if memory_gib is None else int(memory_gib * 2**30)
     cache_compiled_programs()
+    config = load_config(weights)
+    check_sampling(config, sampling, has_negative_text=config.dit.text_width > 0)
     # Before the weights are loaded, so that a text encoder has the memory for itself.
     to_restore = [source for source, destination in jobs if overwrite or not destination.exists()]
     texts = prompt_texts(to_restore, weights, prompt, negative_prompt, prompt_file, text_encoder)
     restorer = Restorer.load(weights, attention)
-    check_sampling(restorer.config, sampling, has_negative_text=restorer.config.dit.text_width > 0)
     failures = 0
     with tqdm(total=len(PHASES) * len(jobs), unit="phase", dynamic_ncols=True, disable=dry_run) as bar:
 
