@@ -139,7 +139,7 @@ def quick_compile():
 
 
 def foreign_model(kind):
-    """Of another project's tiny model in tests/parity, "t5" or "sd_vae": (config.json, tensors by name, other arrays)."""
+    """Another project's tiny model, "t5" or "sd_vae", in tests/parity: (config.json, tensors by name, other arrays)."""
     import json
 
     import numpy as np
