@@ -143,7 +143,7 @@ def quick_compile():
 
 
 def foreign_model(kind):
-    """Of a tiny "t5" or "sd_vae" of another project, in tests/parity: (config.json, tensors by name, other arrays)."""
+    """Another project's tiny model, "t5" or "sd_vae", in tests/parity: (config.json, tensors by name, other arrays)."""
     import json
 
     import numpy as np

@@ -1,17 +1,20 @@
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import skimage.data
 from skimage.metrics import peak_signal_noise_ratio
 
-from zipir_jax import evaluate
+from zipir_jax import evaluate, prepare
 from zipir_jax.config import TASKS
 from zipir_jax.data.degrade import apply_task
 from zipir_jax.data.preview import GAP, LABEL_HEIGHT
 from zipir_jax.imageio import read_image, resize, to_float, to_uint8, write_image
 from zipir_jax.metrics.photographs import read_original
+from zipir_jax.models.lp_vae import decode, encode
 from zipir_jax.restorer import Restorer
+from zipir_jax.weights import load_weights
 
 
 @pytest.fixture
@@ -105,6 +108,46 @@ def test_the_same_command_gives_the_same_numbers(photographs, tiny_weights, tmp_
             del scores["seconds"]
         results.append(pictures)
     assert len(results[0]) == 1 and results[0] == results[1]
+
+
+def test_reconstructs_what_nothing_was_done_to(tiny_weights, sd_vae_folder, tmp_path, call):
+    original = skimage.data.astronaut()[100:164, 200:280]  # 80 pixels are padded to 96
+    write_image(tmp_path / "hq" / "a.png", original)
+    arguments = ["--hq", tmp_path / "hq", "--reconstruct", "--weights", tiny_weights]
+    output = ["--output", tmp_path / "results.json", "--pictures", tmp_path / "pictures"]
+    status, out, err = call(evaluate.main, *arguments, "--sd-vae", sd_vae_folder, *output)
+    assert status == 0, err
+    assert "### reconstruction, bicubic from 8x smaller; 1 picture\n" in out
+    result = json.loads((tmp_path / "results.json").read_text())["tasks"]["reconstruction"]
+    ours, theirs = "LP-VAE f32c64", "tiny-sd-vae f4c3"
+    assert list(result["means"]) == ["bicubic", theirs, ours]
+    restored = to_uint8(read_image(tmp_path / "pictures" / "a_reconstruction_restored.png"))
+    config, weights = load_weights(tiny_weights, ("statistics", "fine_decoder"))
+    image = np.pad(to_float(original), [(0, 0), (0, 16), (0, 0)], "symmetric")[None]
+    expected = decode(weights, config.lp_vae, encode(weights, config.lp_vae, jnp.asarray(image)))
+    expected = to_uint8(np.clip(np.asarray(expected[0, :, :80]), -1, 1))
+    difference = np.abs(restored.astype(int) - expected)
+    assert difference.max() <= 1  # level, where the two programs round differently
+    score = result["pictures"][0]["scores"][ours]["psnr"]
+    assert score == pytest.approx(peak_signal_noise_ratio(original, restored), abs=1e-3)
+
+
+def test_errors_of_reconstruction_are_one_sentence(photographs, tiny_weights, t5_folder, tmp_path, call):
+    export = tmp_path / "export"
+    assert call(prepare.main, "export", "--weights", tiny_weights, "--output", export)[0] == 0
+    for arguments, message in [
+        (["--sd-vae", t5_folder], "--sd-vae restores nothing: it needs --reconstruct"),
+        (
+            ["--reconstruct", "--sd-vae", t5_folder],
+            "config.json has no sd_vae; `prepare import-sd-vae` writes",
+        ),
+        (
+            ["--reconstruct", "--weights", export],
+            "the weights have no fine_decoder; they hold coarse_encoder",
+        ),
+    ]:
+        status, out, err = call(evaluate.main, "--hq", photographs, *arguments)
+        assert status == 2 and out == "" and message in err and err.count("\n") == 1
 
 
 def test_errors_are_one_sentence(photographs, tiny_weights, tmp_path, call):

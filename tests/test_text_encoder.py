@@ -2,12 +2,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
 
 from tests.conftest import HARBOUR, foreign_model, spiece_model, write_foreign_model
 from zipir_jax import text_encoder
+from zipir_jax.config import T5Config
+from zipir_jax.models.layers import abstract_params
+from zipir_jax.models.t5 import T5Encoder
 from zipir_jax.text_encoder import TextEncoder, import_encoder
 
 
@@ -59,6 +64,19 @@ def test_few_programs_serve_all_captions(encoder, monkeypatch):
     assert max(len(x) for x in found) == text_encoder.LARGEST_LENGTH
     assert {length for _, length in shapes} <= {64, 128, 192, 256, 320, 384, 448, 512}
     assert {count for count, _ in shapes} <= {1, 2, 4, 8, 16}
+
+
+def test_the_parameters_are_not_there_a_second_time():
+    """In float32, for a CPU's products, of which XLA would make all at once: 19 GB of the XXL."""
+    config = T5Config(layers=32, width=128, heads=4, head_width=32, hidden=256, vocabulary=64)
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), abstract_params(T5Encoder, config)
+    )
+    tokens, lengths = jax.ShapeDtypeStruct((1, 64), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    compiled = text_encoder._run.lower(config, device, params, tokens, lengths).compile()
+    used = compiled.memory_analysis()
+    assert used.temp_size_in_bytes < 0.5 * used.argument_size_in_bytes
 
 
 def test_long_captions_are_cut_and_end_as_others_do(encoder):

@@ -1,7 +1,8 @@
 """Score a model on clean photographs: `python -m zipir_jax.evaluate --hq DIR --task mixture,sr8,sr16`.
 
 Each photograph is degraded and restored by bicubic enlargement, by the pixel-aware decoder D_f* without diffusion, and
-by the model. `--photo astronaut` takes a photograph that comes with scikit-image instead of a folder.
+by the model. `--photo astronaut` takes a photograph that comes with scikit-image instead of a folder. With
+`--reconstruct` nothing is degraded: the LP-VAE's reconstruction is scored, and that of an imported `--sd-vae`.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ NOTES = (
     "pictures; ratios: of means; s: wall time of a picture whose size has been "
     "seen before, without compiling."
 )
+RECONSTRUCTION = "reconstruction"  # in the place of a task
 
 
 def evaluate(
@@ -38,6 +40,8 @@ def evaluate(
     limit: int | None = None,
     output: Path | None = None,
     pictures: Path | None = None,
+    reconstruct: bool = False,
+    sd_vae: Path | None = None,
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig(),
 ) -> None:
     """Degrade clean photographs, restore them, and compare the results with the originals.
@@ -51,9 +55,13 @@ def evaluate(
         limit: use the first photographs of the folder only, this many
         output: JSON file for the numbers of every picture
         pictures: folder for the restored pictures, and for comparisons with bicubic and original
+        reconstruct: encode and decode the photographs as they are, by an LP-VAE that still has its D_f
+        sd_vae: with --reconstruct, a folder that `prepare import-sd-vae` wrote, to compare with
         sampling: how the latent is sampled
     """
-    tasks = parse_tasks(task)
+    tasks = [RECONSTRUCTION] if reconstruct else parse_tasks(task)
+    if sd_vae is not None and not reconstruct:
+        raise ValueError("--sd-vae restores nothing: it needs --reconstruct")
     check_seed(seed)
     paths = find_photographs(hq, photo, limit)
     if output is not None:
@@ -64,28 +72,16 @@ def evaluate(
     for path in paths:  # a damaged or too small picture ends it now, not after an hour's work
         read_original(path)
     # Importing jax takes seconds; bad arguments should not wait for it.
-    from zipir_jax.metrics.scoring import (
-        BASELINE,
-        UNDIFFUSED,
-        Reference,
-        bicubic,
-        describe,
-        run_methods,
-        summarise,
-        table,
-    )
-    from zipir_jax.restorer import Restorer, check_sampling
+    from zipir_jax.metrics.scoring import BASELINE, Reference, describe, run_methods, summarise, table
 
     cache_compiled_programs()
-    restorer = Restorer.load(weights)
-    check_sampling(restorer.config, sampling, restorer.negative_text is not None)
-    restore = functools.partial(restorer.restore, sampling=sampling, seed=seed)
-    ours = f"zipir_jax, {sampling.steps} steps"
-    methods = {
-        BASELINE: bicubic,
-        UNDIFFUSED: lambda lq, size: restore(lq, size=size, denoise=False),
-        ours: lambda lq, size: restore(lq, size=size),
-    }
+    if reconstruct:
+        methods = reconstructions(weights, sd_vae)
+        titles = {RECONSTRUCTION: f"{RECONSTRUCTION}, {BASELINE} from {describe(TASKS['sr8'])}"}
+    else:
+        methods = restorations(weights, sampling, seed)
+        titles = {name: f"{name}: {describe(TASKS[name])}" for name in tasks}
+    ours = list(methods)[-1]
     results = {name: [] for name in tasks}
     written, warm = [], set()
     with tqdm(total=len(paths) * len(tasks), unit="picture", dynamic_ncols=True) as bar:
@@ -94,7 +90,7 @@ def evaluate(
             reference = Reference(original)
             for name in tasks:
                 bar.set_postfix_str(f"{path.name}, {name}")
-                lq = degrade(original, name, seed, index)
+                lq = original if reconstruct else degrade(original, name, seed, index)
                 restored, seconds = run_methods(methods, lq, original.shape[:2], warm)
                 scores = {m: reference.score(restored[m]) | {"seconds": seconds[m]} for m in methods}
                 results[name].append({"picture": path.name, "size": original.shape[:2], "scores": scores})
@@ -106,7 +102,7 @@ def evaluate(
     rows = {name: summarise([result["scores"] for result in results[name]]) for name in tasks}
     for name in tasks:
         count = f"{len(paths)} picture{'s' * (len(paths) > 1)}"
-        print(f"### {name}: {describe(TASKS[name])}; {count}\n\n{table(rows[name])}\n")
+        print(f"### {titles[name]}; {count}\n\n{table(rows[name])}\n")
     command = shlex.join(["python", "-m", "zipir_jax.evaluate", *sys.argv[1:]])
     print(f"{NOTES}\n\n`{command}`\n\n{machine()}")
     if output is not None:
@@ -119,13 +115,41 @@ def evaluate(
             "tasks": {},
         }
         for name in tasks:
-            settings = dataclasses.asdict(TASKS[name])
+            settings = None if reconstruct else dataclasses.asdict(TASKS[name])
             report["tasks"][name] = {"task": settings, "means": rows[name], "pictures": results[name]}
         with replacing(output) as file:
             file.write((json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
         written.append(output)
     if written:
         print("\n" + "\n".join(f"wrote {path}" for path in written))
+
+
+def restorations(weights: str, sampling: SamplingConfig, seed: int) -> dict:
+    """Methods that restore an LQ picture, by name; raises ValueError for weights or sampling that do not do."""
+    from zipir_jax.metrics.scoring import BASELINE, UNDIFFUSED, bicubic
+    from zipir_jax.restorer import Restorer, check_sampling
+
+    restorer = Restorer.load(weights)
+    check_sampling(restorer.config, sampling, restorer.negative_text is not None)
+    restore = functools.partial(restorer.restore, sampling=sampling, seed=seed)
+    return {
+        BASELINE: bicubic,
+        UNDIFFUSED: lambda lq, size: restore(lq, size=size, denoise=False),
+        f"zipir_jax, {sampling.steps} steps": lambda lq, size: restore(lq, size=size),
+    }
+
+
+def reconstructions(weights: str, sd_vae: Path | None) -> dict:
+    """Methods that encode and decode a picture, by name; raises ValueError for weights that cannot be read.
+
+    The baseline keeps less of it than any of them: as many pixels as the latent of an f8 has.
+    """
+    from zipir_jax.metrics.reconstruction import lp_vae_method, sd_vae_method
+    from zipir_jax.metrics.scoring import BASELINE, bicubic
+
+    methods = {BASELINE: lambda picture, size: bicubic(degrade(picture, "sr8", 0, 0), size)}
+    methods |= {} if sd_vae is None else dict([sd_vae_method(sd_vae)])
+    return methods | dict([lp_vae_method(weights)])
 
 
 def write_pictures(start: Path, shown: dict, original: np.ndarray, scores: dict) -> list[Path]:

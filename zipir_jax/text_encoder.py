@@ -65,38 +65,42 @@ class TextEncoder:
 
         A caption's embedding depends on no other's; how many are encoded at once may change its last digits.
         """
-        tokens = (
-            self.tokenizer(captions, truncation=True, max_length=LARGEST_LENGTH)["input_ids"]
-            if captions
-            else []
-        )
+        if not captions:
+            return []
+        tokens = self.tokenizer(captions, truncation=True, max_length=LARGEST_LENGTH)["input_ids"]
         by_length = {}
         for index, caption in enumerate(tokens):
             by_length.setdefault(-(-len(caption) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, []).append(index)
         embeddings = [None] * len(captions)
-        for length, indices in sorted(by_length.items()):
+        for length, indices in by_length.items():
             for start in range(0, len(indices), LARGEST_BATCH):
                 part = indices[start : start + LARGEST_BATCH]
                 for index, embedding in zip(
-                    part, self._encode([tokens[i] for i in part], length), strict=False
+                    part, self._encode([tokens[i] for i in part], length), strict=True
                 ):
-                    embeddings[index] = embedding[: len(tokens[index])]
+                    embeddings[index] = embedding
         return embeddings
 
     def _encode(self, tokens, length):
-        # As many as the next power of two, each other number would be another program; the rest are empty captions.
+        # As many as the next power of two: each other number would be another program. The rest have one token.
         count = 1 << (len(tokens) - 1).bit_length()
         padded, lengths = np.zeros((count, length), np.int32), np.ones(count, np.int32)
         for row, caption in enumerate(tokens):
             padded[row, : len(caption)], lengths[row] = caption, len(caption)
+        whole = replicated(self.mesh)  # in the end, too, so that every process has all of it
         with jax.set_mesh(self.mesh):
-            padded, lengths = put((padded, lengths), replicated(self.mesh))
-            return np.asarray(_run(self.config, replicated(self.mesh), self.params, padded, lengths))
+            result = _run(self.config, whole, self.params, *put((padded, lengths), whole))
+        result = np.asarray(result)
+        return [result[row, : len(caption)].copy() for row, caption in enumerate(tokens)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+# On a CPU, which has no products in bfloat16, XLA would else have all blocks in float32 at once, beside the parameters
+# and twice as large.
+ONE_BLOCK_AT_A_TIME = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=ONE_BLOCK_AT_A_TIME)
 def _run(config, sharding, params, tokens, lengths):
-    # Whole on every device in the end, so that every process has all of it.
     return jax.lax.with_sharding_constraint(bind(T5Encoder, config, params)(tokens, lengths), sharding)
 
 
@@ -107,9 +111,7 @@ def read_tokenizer(folder: Path) -> Callable:
         raise ValueError(f"{folder}: no tokenizer here ({' or '.join(VOCABULARIES)} is missing)")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (
-        Exception
-    ) as error:  # of transformers, tokenizers, sentencepiece or protobuf, which have no common one
+    except Exception as error:  # four libraries raise what they like
         raise ValueError(f"{folder}: the tokenizer cannot be read ({error})") from None
 
 

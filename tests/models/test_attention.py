@@ -90,6 +90,38 @@ def test_blocks_of_queries_change_nothing(monkeypatch, queries_at_a_time):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_a_bias_is_added_to_the_scaled_logits(monkeypatch):
+    """At once, and in blocks of queries of which the last is not full; gradients by the bias too."""
+    query, key, value = normal((3, 5, 2, 8), (3, 7, 2, 8), (3, 7, 2, 8))
+    bias = jax.random.normal(jax.random.key(2), (2, 5, 7))
+    lengths = jnp.array([7, 1, 4])
+
+    def run(bias):
+        return attention(query, key, value, implementation="xla", key_lengths=lengths, bias=bias)
+
+    def gradient(bias):
+        return jax.grad(lambda bias: (run(bias) * jnp.cos(jnp.arange(240.0).reshape(query.shape))).sum())(
+            bias
+        )
+
+    whole = run(bias), gradient(bias)
+    for item, n in enumerate(lengths):
+        logits = jnp.einsum("qnd,knd->nqk", query[item], key[item, :n]) / np.sqrt(8) + bias[:, :, :n]
+        expected = jnp.einsum("nqk,knd->qnd", jax.nn.softmax(logits), value[item, :n])
+        np.testing.assert_allclose(whole[0][item], expected, atol=1e-5)
+    monkeypatch.setattr(module, "LARGEST_LOGITS", 2 * 3 * 2 * 7 * 4)
+    for a, b in zip((run(bias), gradient(bias)), whole, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(("implementation", "platform"), [("cudnn", "gpu"), ("splash", "tpu")])
+def test_kernels_take_no_bias(qkv, monkeypatch, implementation, platform):
+    monkeypatch.setattr(module, "current_platform", lambda: platform)
+    half = [x.astype(jnp.bfloat16) for x in qkv]
+    with pytest.raises(ValueError, match=f"{implementation} attention takes no bias; xla does"):
+        attention(*half, implementation=implementation, bias=jnp.zeros((2, 5, 7)))
+
+
 def test_blocks_of_queries_bound_the_memory_of_training():
     """Logits of 4 GiB, never there at once: not in the forward pass, nor kept for the backward pass."""
     qkv = [jax.ShapeDtypeStruct((1, 2**14, 4, 8), jnp.float32)] * 3

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import save_random_weights
 from zipir_jax import prepare, sample, train
-from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT
+from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT, ObjectiveConfig
 from zipir_jax.data.text import TextEmbeddings
 from zipir_jax.imageio import read_image_uint8
 from zipir_jax.text_encoder import TextEncoder
@@ -34,9 +34,16 @@ def test_from_captions_to_a_picture_that_follows_its_prompt(
 
     # A DiT that goes on from random weights: a new one starts with gates of zero, and is deaf for some hundred steps.
     config = make_config("dit", output=str(output), steps=3, sample_every=0)
-    model = dataclasses.replace(config.model, dit=dataclasses.replace(config.model.dit, text_width=16))
+    model = dataclasses.replace(
+        config.model,
+        dit=dataclasses.replace(config.model.dit, text_width=16),
+        diffusion=dataclasses.replace(config.model.diffusion, weak_lq_probability=0.5),
+    )
     config = dataclasses.replace(
-        config, model=model, init_from=str(save_random_weights(tmp_path / "start", model))
+        config,
+        model=model,
+        init_from=str(save_random_weights(tmp_path / "start", model)),
+        objective=ObjectiveConfig(min_snr_gamma=5.0, macro=0.5, coarse=0.5),
     )
     (tmp_path / "config.py").write_text(
         f"from zipir_jax.config import *\n\ndef config():\n    return {config!r}\n"
@@ -62,9 +69,10 @@ def test_from_captions_to_a_picture_that_follows_its_prompt(
     default = restored()
     np.testing.assert_array_equal(default, restored("--prompt", POSITIVE_PROMPT, "--text-encoder", t5))
     np.testing.assert_array_equal(default, restored("--negative-prompt", NEGATIVE_PROMPT))
-    other_negative = restored("--negative-prompt", "")
+    other_negative, weak = restored("--negative-prompt", ""), restored("--weak-lq", 0.1)
     assert not loaded  # these are with the weights
     prompted = restored("--prompt", "smooth noise", "--text-encoder", t5)
     assert len(loaded) == 1
     # Random decoders believe the degraded image more than the latent: by a level, but in many pixels.
-    assert (default != other_negative).mean() > 0.05 and (default != prompted).mean() > 0.05
+    for other in (other_negative, weak, prompted):
+        assert (default != other).mean() > 0.05
