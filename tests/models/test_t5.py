@@ -92,7 +92,7 @@ def test_bfloat16_is_near_float32(random_params):
 
 
 def test_what_late_blocks_add_to_a_large_sum_is_not_lost(random_params):
-    """As in the trained XXL, where the sum of the blocks grows to thousands, and bfloat16 has steps of 8 and more."""
+    """Of thousands, where bfloat16 has steps of 8 and more."""
     params = random_params(T5Encoder, TINY)
     params["token_embedding"]["embedding"] *= 3000
     params["token_embedding"]["embedding"] = params["token_embedding"]["embedding"].astype(jnp.bfloat16)

@@ -114,7 +114,7 @@ class T5Encoder(nnx.Module):
             x = constrain(x, "batch", None, None)
             return nnx.merge(graphdef, params)(x, bias, lengths), None
 
-        # The sum of all blocks stays float32. It grows to thousands from block to block: float16 overflows, and in
+        # The sum of all blocks stays float32. Trained, it grows large: float16 is known to overflow, and in
         # bfloat16, with 8 bits, what a late block adds would be rounded away.
         x = self.token_embedding(tokens).astype(jnp.float32)
         x, _ = jax.lax.scan(body, x, stacked)

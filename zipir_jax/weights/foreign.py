@@ -97,7 +97,7 @@ def sd_vae_table(config: SDVAEConfig) -> dict[str, Source]:
         if config.attention:
             ours, theirs = f"{coder}.middle.attention", f"{coder}.mid_block.attentions.0"
             add(f"{ours}.norm", f"{theirs}.group_norm", axes=())
-            # The second names are those of files that diffusers before 0.12 wrote, as most of the hub's are.
+            # The second names are those of files that older versions of diffusers wrote.
             for name, new, old in (
                 ("query", "to_q", "query"),
                 ("key", "to_k", "key"),
