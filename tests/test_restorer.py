@@ -9,8 +9,9 @@ import pytest
 
 from tests.conftest import TINY, random_params
 from zipir_jax.config import SamplingConfig
-from zipir_jax.diffusion.samplers import initial_noise
-from zipir_jax.diffusion.schedule import linear_schedule, spaced_timesteps
+from zipir_jax.diffusion.objective import predict_clean
+from zipir_jax.diffusion.samplers import initial_noise, sample
+from zipir_jax.diffusion.schedule import linear_schedule, sampling_timesteps, spaced_timesteps
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind
 from zipir_jax.restorer import branches_of, check_sampling, denoise_latent
@@ -34,7 +35,7 @@ def by_hand(dit, config, sampling, lq, keys, text, negative_text):
         now = jnp.full(len(lq), t)
         v = dit(z, now, lq, **text)
         low, high = sampling.guidance_interval
-        if is_guided and low <= t / 1000 <= high:
+        if is_guided and low <= (t + 1) / 1000 <= high:
             v_negative = dit(z, now, weak, **(text if negative_text is None else negative_text))
             v = v_negative + sampling.guidance * (v - v_negative)
         clean = schedule.signal[t] * z - schedule.noise[t] * v
@@ -85,6 +86,45 @@ def test_the_cached_sampler_equals_one_by_hand(lq_attention, with_negative, opti
     assert np.std(expected) > 0.1
 
 
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "unipc"},
+        {"sampler": "dpm-solver++"},
+        {"eta": 0.5},
+        {"spacing": "linspace"},
+        {"shift_tokens": 3},
+    ],
+    ids=str,
+)
+def test_every_setting_reaches_the_sampler(prediction, options):
+    diffusion = dataclasses.replace(TINY.diffusion, prediction=prediction)
+    config, sampling = dataclasses.replace(TINY, diffusion=diffusion), SamplingConfig(steps=5, **options)
+    params, lq = random_params(DiT, TINY.dit), jax.random.normal(jax.random.key(1), (1, 3, 4, 64))
+    weights = {"statistics": {"latent_mean": np.zeros(64), "latent_std": np.ones(64)}, "dit": params}
+    keys, schedule, dit = (
+        jax.random.split(jax.random.key(0), 1),
+        linear_schedule(diffusion),
+        bind(DiT, TINY.dit, params),
+    )
+    found = jax.jit(lambda sampling: denoise_latent(weights, config, sampling, lq, keys), static_argnums=0)
+    expected = jax.jit(
+        lambda: sample(
+            predict_clean(lambda noisy, t: dit(noisy, t, lq), prediction, schedule),
+            keys,
+            initial_noise(keys, lq.shape[1:]),
+            schedule,
+            sampling_timesteps(schedule, sampling, 12),
+            sampling.sampler,
+            sampling.eta,
+        )
+    )()
+    np.testing.assert_allclose(found(sampling), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    plain = found(SamplingConfig(steps=5))
+    assert np.abs(plain - expected).max() > 1e-3 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize(
     ("config", "options", "sentence"),
     [
@@ -98,10 +138,17 @@ def test_the_cached_sampler_equals_one_by_hand(lq_attention, with_negative, opti
             {"weak_lq": 0.5},
             "weak_lq 0.5 lies outside of 0.05 to 0.25, which the weights were trained with",
         ),
-        (TINY, {"guidance": 2.0}, "guidance 2.0 has no effect on weights that were trained without text"),
-        (TINY, {"guidance_interval": (0.1, 0.5)}, "guidance_interval .* has no effect"),
+        (TINY, {"guidance": 2.0}, "guidance 2 has no effect on weights that were trained without text"),
+        (WEAK, {"guidance": 2.0}, "guidance 2 has no effect without a weak LQ latent; leave it out"),
+        (WEAK, {"guidance": 1.0, "weak_lq": 0.1}, "weak_lq 0.1 has no effect with guidance 1"),
+        (
+            WEAK,
+            {"weak_lq": 0.1, "guidance_interval": (0.97, 0.99)},
+            "0.97 to 0.99 holds none of the 25 noise levels",
+        ),
+        (TINY, {"guidance_interval": (0.1, 0.5)}, "guidance_interval 0.1 to 0.5 has no effect"),
         (TINY, {"guidance_rescale": 0.7}, "guidance_rescale 0.7 has no effect"),
-        (TINY, {"start": 0.01}, "25 sampling steps are not between 1 and 10"),
+        (TINY, {"start": 0.01}, "25 sampling steps, and 10 noise levels up to start 0.01"),
     ],
 )
 def test_sampling_that_does_not_suit_the_weights_is_refused(config, options, sentence):
@@ -111,6 +158,7 @@ def test_sampling_that_does_not_suit_the_weights_is_refused(config, options, sen
 
 def test_a_weak_lq_latent_makes_a_second_branch():
     check_sampling(WEAK, SamplingConfig(weak_lq=0.1, guidance=2.0, guidance_rescale=0.5))
+    check_sampling(TINY, SamplingConfig(guidance=1.0))  # none, said aloud
     assert branches_of(SamplingConfig(weak_lq=0.1), has_negative_text=False) == 2
     assert branches_of(SamplingConfig(weak_lq=0.1, guidance=1.0), has_negative_text=True) == 1
     assert branches_of(SamplingConfig(), has_negative_text=False) == 1

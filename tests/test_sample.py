@@ -357,7 +357,7 @@ def test_impossible_weights(photo, restore, tiny_weights, tmp_path):
     [
         (["--steps", "0"], "steps 0 is not at least 1"),
         (["--steps", "1001"], "1001 sampling steps are not between 1 and 1000"),
-        (["--spacing", "even"], "spacing 'even' is not one of trailing, leading"),
+        (["--spacing", "even"], "spacing 'even' is not one of trailing, linspace, leading"),
         (["--eta", "1.5"], "eta 1.5 is not between 0 and 1"),
         (["--guidance", "5"], "guidance 5 has no effect on weights that were trained without text"),
         (["--stepps", "3"], "Unrecognized options: --stepps"),

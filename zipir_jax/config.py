@@ -353,12 +353,12 @@ class DiffusionConfig:
     logit_normal_mean: float = 0.0  # of logit(t / T) when timesteps are drawn for training
     logit_normal_std: float = 1.0
     prediction: str = "eps"  # what the DiT predicts: eps (paper) or v, see diffusion/objective.py
-    zero_terminal_snr: bool = (
-        False  # the signal is scaled to end at zero, see diffusion/schedule.py; with v alone
-    )
+    uniform_share: float = 0.0  # of the timesteps drawn for training, drawn uniformly instead
+    # The signal is scaled to end at zero, see diffusion/schedule.py; with v and a uniform_share alone.
+    zero_terminal_snr: bool = False
     # Probability, in training, that the whitened LQ latent is multiplied by a number drawn uniformly from the range
     # below it. Weights trained so can be guided away from what a weak LQ latent gives, in the place of no LQ latent at
-    # all (VOSR, Wu et al. 2026, which takes 0.1 and this range); 0 = off.
+    # all (VOSR, Wu et al. 2026, whose published configs have 0.1 and this range); 0 = off.
     weak_lq_probability: float = 0.0
     weak_lq: tuple[float, float] = (0.05, 0.25)
 
@@ -369,6 +369,12 @@ class DiffusionConfig:
         if self.zero_terminal_snr and self.prediction != "v":
             raise ValueError(
                 "zero_terminal_snr needs the prediction v: without any signal, the noise says nothing of the image."
+            )
+        _check_probability("uniform_share", self.uniform_share)
+        if self.zero_terminal_snr and not self.uniform_share:
+            raise ValueError(
+                "zero_terminal_snr needs a uniform_share above 0: logit-normal timesteps never reach the last, which "
+                "sampling starts from."
             )
         _check_probability("weak_lq_probability", self.weak_lq_probability)
         _check_range("weak_lq", self.weak_lq, 0, 1)
@@ -818,6 +824,10 @@ class TrainConfig:
         _check_at_least("statistics_images", self.statistics_images, 1)
         _check_at_least("noise_draws", self.noise_draws, 1)
         _check_range("decoder_noise", self.decoder_noise, 0, 1)
+        if self.objective.min_snr_gamma and self.model.diffusion.zero_terminal_snr:
+            raise ValueError(
+                "objective.min_snr_gamma gives no weight to the last level of zero_terminal_snr."
+            )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -825,19 +835,25 @@ class TrainConfig:
 # --------------------------------------------------------------------------------------------------
 
 
+SAMPLERS = ("ddim", "dpm-solver++", "unipc")
+SPACINGS = ("trailing", "linspace", "leading")
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How a latent is sampled; the defaults are the paper's (section 4, supplement G).
 
-    A noise level is timestep / train_timesteps: 0 is a clean latent, 1 is noise.
+    A noise level is (timestep + 1) / train_timesteps: 0 would be a clean latent, 1 is the noisiest.
     """
 
     sampler: str = "ddim"  # ddim, dpm-solver++ or unipc, see diffusion/samplers.py
     steps: int = 25  # evaluations of the DiT
     spacing: str = "trailing"  # of the timesteps: trailing, linspace or leading, see diffusion/schedule.py
     eta: float = 0.0  # of ddim: 0 = deterministic, 1 = DDPM's variance
-    start: float = 1.0  # noise level to start from; below 1, at the LQ latent with that much noise
-    # Tokens at which the timesteps are as spaced; with more (fewer), they move to more (less) noise; 0 = off.
+    # Noise level to start from; below 1, at the LQ latent with that much noise (others call it strength).
+    start: float = 1.0
+    # Tokens, those of a picture's margins included, at which the timesteps are as spaced; with more (fewer), they move
+    # to more (less) noise; 0 = off.
     shift_tokens: int = 0
     # Classifier-free guidance; acts only where there is a negative branch: a negative text, or weak_lq.
     guidance: float = 3.5
@@ -845,13 +861,13 @@ class SamplingConfig:
     guidance_rescale: float = 0.0  # share of the guided prediction whose contrast is that of the unguided one
     # The LQ latent's strength in the negative branch, for weights trained with weak ones; not given: it is all there.
     weak_lq: float | None = None
-    # How far the low frequencies (macro and coarse band) are pulled to the degraded image's; 0 = off.
+    # How far the low frequencies (macro and coarse band) are pulled to the degraded image's at each step; 0 = off.
     fidelity: float = 0.0
 
     def __post_init__(self):
-        _check_one_of("sampler", self.sampler, ("ddim", "dpm-solver++", "unipc"))
+        _check_one_of("sampler", self.sampler, SAMPLERS)
         _check_at_least("steps", self.steps, 1)
-        _check_one_of("spacing", self.spacing, ("trailing", "linspace", "leading"))
+        _check_one_of("spacing", self.spacing, SPACINGS)
         _check_probability("eta", self.eta)
         if self.eta and self.sampler != "ddim":
             raise ValueError(f"eta {self.eta:g} is of ddim alone: {self.sampler} adds no noise.")

@@ -29,12 +29,13 @@ NOTES = (
     "seen before, without compiling."
 )
 RECONSTRUCTION = "reconstruction"  # in the place of a task
+PAPER_TASKS = "mixture,sr8,sr16"  # paper Table 1
 
 
 def evaluate(
     hq: Path | None = None,
     photo: str | None = None,
-    task: str = "mixture,sr8,sr16",
+    task: str = PAPER_TASKS,
     weights: str = "default",
     seed: int = 0,
     limit: int | None = None,
@@ -60,6 +61,10 @@ def evaluate(
         sampling: how the latent is sampled
     """
     tasks = [RECONSTRUCTION] if reconstruct else parse_tasks(task)
+    if reconstruct and (task, sampling) != (PAPER_TASKS, SamplingConfig()):
+        raise ValueError(
+            "--reconstruct degrades and samples nothing: leave out --task and settings of sampling"
+        )
     if sd_vae is not None and not reconstruct:
         raise ValueError("--sd-vae restores nothing: it needs --reconstruct")
     check_seed(seed)

@@ -125,6 +125,7 @@ def make_plan(
     pictures: int = 1,
     branches: int = 1,
     weak_lq: bool = False,
+    interval: bool = False,
     text_tokens: int = TEXT_BLOCK,
     platform: str | None = None,
 ) -> Plan:
@@ -132,11 +133,12 @@ def make_plan(
 
     As many pictures at once as fit whole; where not even one does, one at a time with the LP-VAE in tiles. branches of
     the guidance, each with a text of `text_tokens` and, with weak_lq, an LQ latent of its own; 0: no diffusion.
-    platform: as jax names that of the device; None: of its default one. Raises TooLargeError with what is needed, what
-    there is, and the largest size of this shape that fits.
+    interval: the guidance acts at some steps alone, and what the others need is there as well. platform: as jax names
+    that of the device; None: of its default one. Raises TooLargeError with what is needed, what there is, and the
+    largest size of this shape that fits.
     """
     platform = platform or jax.default_backend()
-    asked = branches, weak_lq, text_tokens, platform
+    asked = branches, weak_lq, interval, text_tokens, platform
     plan = _plan(config, *padded_size(config, height, width), available, pictures, *asked)
     phase, need = max(plan.needs.items(), key=lambda item: item[1])
     if need <= available:
@@ -186,6 +188,7 @@ def needed_bytes(
     pictures: int,
     branches: int,
     weak_lq: bool,
+    interval: bool,
     text_tokens: int,
     platform: str,
 ) -> dict[str, int]:
@@ -198,7 +201,7 @@ def needed_bytes(
     if not branches:
         return vae_bytes
     latent = height // FACTOR, width // FACTOR
-    denoise = denoise_bytes(config.dit, *latent, pictures, branches, weak_lq, text_tokens, platform)
+    denoise = denoise_bytes(config.dit, *latent, pictures, branches, weak_lq, interval, text_tokens, platform)
     if platform == "cpu":  # the pictures wait in the same memory
         denoise += images
     return {"encode": vae_bytes["encode"], "denoise": denoise, "decode": vae_bytes["decode"]}
@@ -216,6 +219,7 @@ def denoise_bytes(
     pictures: int,
     branches: int,
     weak_lq: bool,
+    interval: bool,
     text_tokens: int,
     platform: str,
 ) -> int:
@@ -232,9 +236,10 @@ def denoise_bytes(
     layer = count_params(abstract_params(Block, config)) * value  # which a scan copies out of the stack
     latents = SAMPLER_LATENTS * pictures * height * width * config.latent_channels * 4
     text = lq = 0
+    read = branches + interval  # texts, or LQ latents, whose keys and values are there
     if config.text_width:
         keys_values = 2 * config.layers * config.width * value
-        text = pictures * branches * text_tokens * (keys_values + 4 * config.text_width)
+        text = pictures * read * text_tokens * (keys_values + 4 * config.text_width)
     if static:
         lq = (
             LQ_COPIES[platform]

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Key, UInt8
 
 from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT, ModelConfig, SamplingConfig, check_seed
-from zipir_jax.diffusion.guidance import faithful, guided
+from zipir_jax.diffusion.guidance import classifier_free_guidance, guided_timesteps, restoration_guidance
 from zipir_jax.diffusion.objective import add_noise, predict_clean
 from zipir_jax.diffusion.samplers import initial_noise, sample
 from zipir_jax.diffusion.schedule import linear_schedule, sampling_timesteps
@@ -26,9 +26,9 @@ from zipir_jax.imageio import LARGEST_SIDE, resize, to_float, to_uint8
 from zipir_jax.models.attention import check_implementation
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind
-from zipir_jax.models.lp_vae import encode, unwhiten, whiten
+from zipir_jax.models.lp_vae import FACTOR, encode, unwhiten, whiten
 from zipir_jax.models.pixel_decoder import pixel_decode
-from zipir_jax.planner import MARGIN, TEXT_BLOCK, Plan, available_memory, make_plan
+from zipir_jax.planner import MARGIN, TEXT_BLOCK, Plan, available_memory, make_plan, padded_size
 from zipir_jax.weights import load_text, load_weights
 
 NEEDED = ("statistics", "coarse_encoder", "fine_encoder", "dit", "pixel_decoder")
@@ -70,9 +70,10 @@ def denoise_latent(
             read |= dit.read_text(condition["text"], condition["text_lengths"])
         return functools.partial(dit.denoise, condition=read)
 
-    predict = guided(prepare, sampling, condition, negative, config.diffusion.train_timesteps)
+    timesteps_of_training = config.diffusion.train_timesteps
+    predict = classifier_free_guidance(prepare, sampling, timesteps_of_training, condition, negative)
     denoise = predict_clean(predict, prediction, schedule)
-    denoise = faithful(denoise, sampling.fidelity, lq, config.lp_vae.coarse.decoder_channels)
+    denoise = restoration_guidance(denoise, sampling.fidelity, lq, config.lp_vae.coarse.decoder_channels)
 
     timesteps = sampling_timesteps(schedule, sampling, math.prod(lq.shape[1:3]) // config.dit.patch**2)
     start = initial_noise(keys, lq.shape[1:])
@@ -149,23 +150,16 @@ class Restorer:
         is_bytes = check_image(image)
         height, width = target_size(image.shape[-3:-1], scale, size)
         batch = image[None] if image.ndim == 3 else image
-        if self.config.dit.text_width:
-            text = self.text if text is None else text
-            negative_text = self.negative_text if negative_text is None else negative_text
-        texts = self._texts(len(batch), text, negative_text)
-        if denoise:
-            check_sampling(self.config, sampling, negative_text is not None)
+        texts = self._texts(len(batch), text, negative_text) if denoise else (None, None)
         check_seed(seed)
         keys = jnp.broadcast_to(jax.random.key(seed), (len(batch),))
-        branches = branches_of(sampling, negative_text is not None) if denoise else 0
-        text_tokens = texts[0]["text"].shape[1] if texts[0] else 0
         plan = self.plan(
             image.shape,
             scale=scale,
             size=size,
-            branches=branches,
-            weak_lq=sampling.weak_lq is not None,
-            text_tokens=text_tokens,
+            sampling=sampling if denoise else None,
+            text=text,
+            negative_text=negative_text,
             memory=memory,
         )
         try:
@@ -208,26 +202,49 @@ class Restorer:
         *,
         scale: float | int | None = None,
         size: tuple[int, int] | None = None,
-        branches: int = 1,
-        weak_lq: bool = False,
-        text_tokens: int = TEXT_BLOCK,
+        sampling: SamplingConfig | None = SamplingConfig(),
+        text: Float[np.ndarray, "l c"] | None = None,
+        negative_text: Float[np.ndarray, "l2 c"] | None = None,
         memory: int | None = None,
     ) -> Plan:
         """How `restore` would make a picture, or a batch, of this shape; arguments as there.
 
-        branches of the guidance: see `branches_of`; 0: no diffusion. text_tokens: see `padded_tokens`. Raises
-        ValueError, with the numbers and the largest size that fits, for what does not fit into the memory.
+        sampling: None for no diffusion. Raises ValueError, with the numbers and the largest size that fits, for what
+        does not fit into the memory, and as `check_sampling`.
         """
         height, width = target_size(shape[-3:-1], scale, size)
+        cost = {"branches": 0}
+        if sampling is not None:
+            text, negative_text = self._given_or_default(text, negative_text)
+            padded = math.prod(padded_size(self.config, height, width))
+            check_sampling(
+                self.config,
+                sampling,
+                negative_text is not None,
+                tokens=padded // (FACTOR * self.config.dit.patch) ** 2,
+            )
+            branches = branches_of(sampling, negative_text is not None)
+            cost = {
+                "branches": branches,
+                "weak_lq": sampling.weak_lq is not None,
+                "interval": branches == 2 and sampling.guidance_interval != (0, 1),
+                "text_tokens": padded_tokens(text, negative_text),
+            }
         return make_plan(
             self.config,
             height,
             width,
             available=self.memory if memory is None else memory,
             pictures=shape[0] if len(shape) == 4 else 1,
-            branches=branches,
-            weak_lq=weak_lq,
-            text_tokens=text_tokens,
+            **cost,
+        )
+
+    def _given_or_default(self, text, negative_text):
+        if not self.config.dit.text_width:
+            return text, negative_text
+        return (
+            self.text if text is None else text,
+            self.negative_text if negative_text is None else negative_text,
         )
 
     def _restore_part(self, pictures, plan, height, width, keys, sampling, texts, progress):
@@ -245,9 +262,9 @@ class Restorer:
         restored = np.asarray(_decode(self.config, plan.decode, self.weights, latent, lq))
         return restored[:, MARGIN : MARGIN + height, MARGIN : MARGIN + width]
 
-    def _texts(self, count, *texts):
+    def _texts(self, count, text, negative_text):
         """Batched embeddings, padded to one length; raises ValueError where they do not suit the model."""
-        channels = self.config.dit.text_width
+        channels, texts = self.config.dit.text_width, self._given_or_default(text, negative_text)
         if not channels:
             if any(text is not None for text in texts):
                 raise ValueError("these weights were trained without text: they take no prompt")
@@ -323,14 +340,17 @@ def check_image(image: np.ndarray) -> bool:
     return image.dtype == np.uint8
 
 
-def check_sampling(config: ModelConfig, sampling: SamplingConfig, has_negative_text: bool = False) -> None:
-    """Raises ValueError for steps that the model's schedule does not have, a weak LQ latent that it was not trained
-    with, or settings of a guidance that would do nothing.
+def check_sampling(
+    config: ModelConfig, sampling: SamplingConfig, has_negative_text: bool = False, tokens: int = 0
+) -> None:
+    """Raises ValueError for sampling that does not suit the model, or has settings that would do nothing.
 
-    The default guidance is no such demand: it waits for the models and texts that it acts on.
+    That is for steps that the model's schedule does not have, for a latent of `tokens` where they are known, for a weak
+    LQ latent that it was not trained with, and for settings of a guidance that does not act. The default guidance is no
+    such demand: it waits for the models and texts that it acts on. Neither is 1, which is none.
     """
     diffusion, weak_lq = config.diffusion, sampling.weak_lq
-    sampling_timesteps(linear_schedule(diffusion), sampling)
+    timesteps = sampling_timesteps(linear_schedule(diffusion), sampling, tokens)
     if weak_lq is not None:
         if not diffusion.weak_lq_probability:
             raise ValueError(
@@ -341,15 +361,29 @@ def check_sampling(config: ModelConfig, sampling: SamplingConfig, has_negative_t
             raise ValueError(
                 f"weak_lq {weak_lq:g} lies outside of {low:g} to {high:g}, which the weights were trained with"
             )
-    for name in ("guidance", "guidance_interval", "guidance_rescale"):
-        value = getattr(sampling, name)
-        if value != getattr(SamplingConfig, name) and not has_negative_text and weak_lq is None:
-            reason = (
-                "without a negative text"
-                if config.dit.text_width
-                else "on weights that were trained without text"
+    if branches_of(sampling, has_negative_text) == 2:
+        first, last = guided_timesteps(sampling, diffusion.train_timesteps)
+        if not any(first <= timestep <= last for timestep in timesteps):
+            low, high = sampling.guidance_interval
+            raise ValueError(
+                f"guidance_interval {low:g} to {high:g} holds none of the {len(timesteps)} noise levels of the steps"
             )
-            raise ValueError(f"{name} {value} has no effect {reason}; leave it out")
+        return
+    if sampling.guidance == 1:
+        reason, names = "with guidance 1", ("guidance_interval", "guidance_rescale", "weak_lq")
+    else:
+        names = ("guidance", "guidance_interval", "guidance_rescale")
+        if diffusion.weak_lq_probability:
+            reason = "without a weak LQ latent" + " or a negative text" * bool(config.dit.text_width)
+        elif config.dit.text_width:
+            reason = "without a negative text"
+        else:
+            reason = "on weights that were trained without text"
+    for name in names:
+        value = getattr(sampling, name)
+        if value != getattr(SamplingConfig, name):
+            shown = " to ".join(f"{number:g}" for number in np.atleast_1d(value))
+            raise ValueError(f"{name} {shown} has no effect {reason}; leave it out")
 
 
 def target_size(

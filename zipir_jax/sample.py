@@ -74,7 +74,7 @@ def restore_files(
         raise ValueError("a negative prompt has no effect with guidance 1; leave one of them out")
     # Importing jax takes seconds; bad arguments should not wait for it.
     from zipir_jax.prompts import prompt_texts
-    from zipir_jax.restorer import PHASES, Restorer, branches_of, check_sampling, padded_tokens, target_size
+    from zipir_jax.restorer import PHASES, Restorer, check_sampling, target_size
     from zipir_jax.weights import load_config
 
     target_size((1, 1), scale, target)  # a scale or size that no image can have
@@ -102,19 +102,13 @@ def restore_files(
                 if source not in texts or (destination.exists() and not overwrite):
                     raise ValueError(f"{destination}: {EXISTS}")
                 image = read_image(source)
-                options = {"scale": scale, "size": target, "memory": memory}
+                options = {"scale": scale, "size": target, "memory": memory, "sampling": sampling}
+                options |= texts[source]
                 try:
                     if dry_run:
-                        cost = {
-                            "branches": branches_of(sampling, has_negative_text=bool(texts[source])),
-                            "weak_lq": sampling.weak_lq is not None,
-                            "text_tokens": padded_tokens(*texts[source].values()),
-                        }
-                        print(f"{source}:", *restorer.plan(image.shape, **options, **cost).lines(), sep="\n")
+                        print(f"{source}:", *restorer.plan(image.shape, **options).lines(), sep="\n")
                         continue
-                    restored = restorer.restore(
-                        image, **options, **texts[source], sampling=sampling, seed=seed, progress=progress
-                    )
+                    restored = restorer.restore(image, **options, seed=seed, progress=progress)
                 except ValueError as error:  # the restorer knows no files; reading and writing name theirs
                     raise ValueError(f"{source}: {error}") from error
                 write_image(destination, restored)

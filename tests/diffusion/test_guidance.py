@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from zipir_jax.config import DiffusionConfig, SamplingConfig
-from zipir_jax.diffusion.guidance import faithful, guided
+from zipir_jax.diffusion.guidance import classifier_free_guidance, guided_timesteps, restoration_guidance
 from zipir_jax.diffusion.objective import predict_clean
 from zipir_jax.diffusion.schedule import linear_schedule
 
@@ -29,6 +29,10 @@ def denoise(noisy, timesteps, condition):
     embeddings, mask = condition["text"]
     text = jnp.sum(embeddings * mask[..., None], axis=1)[:, None, None, :]
     return jnp.tanh(noisy * text + condition["latent"]) + timesteps[:, None, None, None] / 1000
+
+
+def guide(prepare, config, condition, negative=None):
+    return classifier_free_guidance(prepare, config, 1000, condition, negative)
 
 
 def prepare(condition):
@@ -59,7 +63,7 @@ def make_counted(calls):
 @pytest.mark.parametrize("guidance", [3.5, 0.0, -1.0, 1.5])
 def test_one_call_gives_the_formula_of_two(guidance, counted, calls):
     condition, negative = make_condition(1), make_condition(2)
-    eps = jax.jit(guided(counted, SamplingConfig(guidance=guidance), condition, negative))(NOISY, TIMESTEPS)
+    eps = jax.jit(guide(counted, SamplingConfig(guidance=guidance), condition, negative))(NOISY, TIMESTEPS)
     assert calls == [("prepare", 2 * BATCH), ("denoise", 2 * BATCH)]
     with_, without = denoise(NOISY, TIMESTEPS, condition), denoise(NOISY, TIMESTEPS, negative)
     np.testing.assert_allclose(eps, without + guidance * (with_ - without), atol=2e-5)
@@ -70,14 +74,14 @@ def test_guidance_one_and_no_negative_call_the_plain_batch(counted, calls):
     condition, negative = make_condition(1), make_condition(2)
     expected = denoise(NOISY, TIMESTEPS, condition)
     for given in ((SamplingConfig(guidance=1.0), condition, negative), (SamplingConfig(), condition)):
-        denoise_guided = guided(counted, *given)
+        denoise_guided = guide(counted, *given)
         np.testing.assert_array_equal(denoise_guided(NOISY, TIMESTEPS), expected)
     assert calls == 2 * [("prepare", BATCH), ("denoise", BATCH)]
 
 
 def test_equal_conditions_cancel_at_any_guidance():
     condition = make_condition(1)
-    eps = guided(prepare, SamplingConfig(guidance=7.5), condition, condition)(NOISY, TIMESTEPS)
+    eps = guide(prepare, SamplingConfig(guidance=7.5), condition, condition)(NOISY, TIMESTEPS)
     np.testing.assert_allclose(eps, denoise(NOISY, TIMESTEPS, condition), atol=1e-6)
 
 
@@ -85,7 +89,7 @@ def test_difference_is_taken_in_float32():
     def low_precision(condition):
         return lambda *args: denoise(*args, condition).astype(jnp.bfloat16)
 
-    eps = guided(low_precision, SamplingConfig(), make_condition(1), make_condition(2))(NOISY, TIMESTEPS)
+    eps = guide(low_precision, SamplingConfig(), make_condition(1), make_condition(2))(NOISY, TIMESTEPS)
     assert eps.dtype == jnp.float32
     with_, without = (
         np.asarray(low_precision(make_condition(seed))(NOISY, TIMESTEPS), np.float32) for seed in (1, 2)
@@ -97,14 +101,14 @@ def test_conditions_of_different_structure_are_refused():
     negative = make_condition(2)
     del negative["latent"]
     with pytest.raises(ValueError, match="latent"):
-        guided(prepare, SamplingConfig(), make_condition(1), negative)
+        guide(prepare, SamplingConfig(), make_condition(1), negative)
 
 
 def test_outside_the_interval_the_model_is_called_once(counted, calls):
     config = SamplingConfig(guidance_interval=(0.2, 0.6))
-    predict = guided(counted, config, make_condition(1), make_condition(2), train_timesteps=1000)
-    always = guided(prepare, SamplingConfig(), make_condition(1), make_condition(2))
-    for timestep, branches in ((100, 1), (200, 2), (500, 2), (600, 2), (601, 1), (999, 1)):
+    predict = guide(counted, config, make_condition(1), make_condition(2))
+    always = guide(prepare, SamplingConfig(), make_condition(1), make_condition(2))
+    for timestep, branches in ((100, 1), (198, 1), (199, 2), (500, 2), (599, 2), (600, 1), (999, 1)):
         calls.clear()
         timesteps = jnp.full(BATCH, timestep)
         with jax.disable_jit():
@@ -119,7 +123,7 @@ def test_outside_the_interval_the_model_is_called_once(counted, calls):
 def test_rescaled_guidance_has_the_deviation_of_the_conditional_prediction():
     def predict(share):
         config = SamplingConfig(guidance=8.0, guidance_rescale=share)
-        found = guided(prepare, config, make_condition(1), make_condition(2))(NOISY, TIMESTEPS)
+        found = guide(prepare, config, make_condition(1), make_condition(2))(NOISY, TIMESTEPS)
         return np.asarray(found)
 
     conditional = np.asarray(denoise(NOISY, TIMESTEPS, make_condition(1)))
@@ -141,7 +145,7 @@ def test_guidance_of_the_prediction_is_guidance_of_the_clean_latent(prediction):
         predict_clean(prepare(condition), prediction, schedule)(NOISY, TIMESTEPS)
         for condition in (first, second)
     )
-    found = predict_clean(guided(prepare, SamplingConfig(), first, second), prediction, schedule)
+    found = predict_clean(guide(prepare, SamplingConfig(), first, second), prediction, schedule)
     expected = without + 3.5 * (with_ - without)
     np.testing.assert_allclose(found(NOISY, TIMESTEPS), expected, rtol=1e-4, atol=1e-3)
 
@@ -153,18 +157,34 @@ def test_fidelity_pulls_the_first_channels_alone():
         return jnp.tanh(noisy)
 
     plain = clean(NOISY, TIMESTEPS)
-    assert faithful(clean, 0.0, target, 3) is clean  # off costs nothing
+    assert restoration_guidance(clean, 0.0, target, 3) is clean  # off costs nothing
     distances = []
     for strength in (0.25, 0.5, 1.0):
-        pulled = faithful(clean, strength, target, 3)(NOISY, TIMESTEPS)
+        pulled = restoration_guidance(clean, strength, target, 3)(NOISY, TIMESTEPS)
         np.testing.assert_array_equal(pulled[..., 3:], plain[..., 3:])
         distances.append(np.abs(pulled - target)[..., :3].mean())
     first = np.abs(plain - target)[..., :3].mean()
     np.testing.assert_allclose(distances, first * np.array([0.75, 0.5, 0]), rtol=1e-5, atol=1e-6)
 
 
-def test_fidelity_is_a_gradient_step_on_the_distance():
-    target = jax.random.normal(jax.random.key(7), NOISY.shape)
-    gradient = jax.grad(lambda x: 0.5 * jnp.sum(jnp.square(x - target)[..., :3]))(NOISY)
-    pulled = faithful(lambda noisy, timesteps: noisy, 0.3, target, 3)(NOISY, TIMESTEPS)
-    np.testing.assert_allclose(pulled, NOISY - 0.3 * gradient, atol=1e-6)
+def test_the_interval_has_its_bounds_at_every_level():
+    """As compiled: a bound that is compared as a float misses one level in two."""
+    for timestep in range(0, 1000, 37):
+        for interval in ((0.0, (timestep + 1) / 1000), ((timestep + 1) / 1000, 1.0)):
+            if interval == (0.0, 1.0):
+                continue
+            config = SamplingConfig(guidance_interval=interval)
+            assert timestep in guided_timesteps(config, 1000)
+    config = SamplingConfig(guidance_interval=(0.0, 0.901))
+    compiled = jax.jit(guide(prepare, config, make_condition(1), make_condition(2)))
+    alone, both = (compiled(NOISY, jnp.full(BATCH, timestep)) for timestep in (901, 900))
+    np.testing.assert_allclose(alone, denoise(NOISY, jnp.full(BATCH, 901), make_condition(1)), atol=1e-5)
+    assert np.abs(both - denoise(NOISY, jnp.full(BATCH, 900), make_condition(1))).max() > 0.1
+
+
+def test_rescaling_what_is_flat_leaves_it():
+    flat = guide(
+        lambda condition: lambda noisy, timesteps: jnp.zeros_like(noisy),
+        SamplingConfig(guidance_rescale=0.7), make_condition(1), make_condition(2),
+    )  # fmt: skip
+    np.testing.assert_array_equal(flat(NOISY, TIMESTEPS), 0)

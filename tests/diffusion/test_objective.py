@@ -81,7 +81,7 @@ def test_a_model_of_v_that_knows_nothing_finds_nothing_in_pure_noise():
 
 
 def test_v_needs_no_signal_at_the_last_timestep_of_zero_snr(clean):
-    schedule = linear_schedule(DiffusionConfig(prediction="v", zero_terminal_snr=True))
+    schedule = linear_schedule(DiffusionConfig(prediction="v", zero_terminal_snr=True, uniform_share=0.1))
     last = jnp.full(4, 999)
     eps = jax.random.normal(jax.random.key(2), clean.shape)
     np.testing.assert_array_equal(add_noise(clean, eps, last, schedule), eps)
@@ -98,7 +98,7 @@ def test_min_snr_weights_make_the_error_of_the_clean_latent_count_alike(zero, cl
     gamma, timesteps = 5.0, jnp.array([0, 40, 500, 998])
     losses, objective = {}, ObjectiveConfig(min_snr_gamma=gamma)
     wrong = clean + 0.3 * jnp.sin(jnp.arange(16.0))  # of z_0
-    schedule = linear_schedule(DiffusionConfig(prediction="v", zero_terminal_snr=zero))
+    schedule = linear_schedule(DiffusionConfig(prediction="v", zero_terminal_snr=zero, uniform_share=0.1))
     signal, noise = (
         jnp.asarray(factor, jnp.float32)[timesteps][:, None, None, None]
         for factor in (schedule.signal, schedule.noise)

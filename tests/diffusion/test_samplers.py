@@ -144,7 +144,7 @@ def test_last_step_returns_the_predicted_clean_latent(sampler):
 def test_sampling_starts_from_no_signal_at_all(sampler):
     """At zero SNR the first prediction is the mean of the data, and what follows is the flow from there."""
     mean, std = 0.7, 0.5
-    schedule = linear_schedule(DiffusionConfig(prediction="v", zero_terminal_snr=True))
+    schedule = linear_schedule(DiffusionConfig(prediction="v", zero_terminal_snr=True, uniform_share=0.1))
     keys = jax.random.split(jax.random.key(1), 2)
     noisy = initial_noise(keys, SHAPE)
     denoise = gaussian_denoise(mean, std, schedule)

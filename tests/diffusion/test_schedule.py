@@ -5,16 +5,16 @@ import jax
 import numpy as np
 import pytest
 
-from zipir_jax.config import DiffusionConfig, SamplingConfig
+from zipir_jax.config import MODELS, SPACINGS, DiffusionConfig, ObjectiveConfig, SamplingConfig, TrainConfig
 from zipir_jax.diffusion.schedule import (
     linear_schedule,
-    logit_normal_timesteps,
     sampling_timesteps,
     spaced_timesteps,
+    training_timesteps,
 )
 
 DIFFUSERS = pathlib.Path(__file__).parents[1] / "parity" / "samplers.npz"
-SPACINGS = ("trailing", "linspace", "leading")
+ZERO_SNR = DiffusionConfig(prediction="v", zero_terminal_snr=True, uniform_share=0.1)
 
 
 def test_schedule_ends_short_of_pure_noise():
@@ -35,7 +35,7 @@ def test_alpha_bar_is_that_of_diffusers():
 
 
 def test_zero_terminal_snr_is_that_of_diffusers_and_keeps_the_first_level():
-    schedule = linear_schedule(DiffusionConfig(prediction="v", zero_terminal_snr=True))
+    schedule = linear_schedule(ZERO_SNR)
     with np.load(DIFFUSERS) as file:
         np.testing.assert_allclose(
             schedule.signal**2, file["alpha_bar_zero_terminal_snr"], rtol=2e-5, atol=1e-9
@@ -48,6 +48,22 @@ def test_zero_terminal_snr_is_that_of_diffusers_and_keeps_the_first_level():
 def test_eps_says_nothing_of_an_image_without_signal():
     with pytest.raises(ValueError, match="zero_terminal_snr needs the prediction v"):
         DiffusionConfig(zero_terminal_snr=True)
+
+
+def test_the_last_level_is_trained_where_sampling_starts_from_it():
+    with pytest.raises(ValueError, match="uniform_share above 0"):
+        DiffusionConfig(prediction="v", zero_terminal_snr=True)
+    draws = (1000, 1000)
+    plain = np.asarray(training_timesteps(jax.random.key(0), draws, DiffusionConfig()))
+    some = np.asarray(training_timesteps(jax.random.key(0), draws, ZERO_SNR))
+    assert (plain == 999).sum() == 0
+    assert 60 < (some == 999).sum() < 140  # 100 expected, known to 10
+    assert abs((some != plain).mean() - 0.1) < 0.002  # the others are as they were
+    with pytest.raises(ValueError, match="min_snr_gamma gives no weight to the last level"):
+        TrainConfig(
+            model=dataclasses.replace(MODELS["tiny"], diffusion=ZERO_SNR),
+            objective=ObjectiveConfig(min_snr_gamma=5.0),
+        )
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -63,7 +79,7 @@ def test_spacing_is_that_of_diffusers(spacing):
                 np.testing.assert_array_equal(spaced_timesteps(1000, steps, spacing), file[name])
 
 
-def test_spacing_of_the_paper():
+def test_where_25_steps_begin_and_end():
     trailing, leading = spaced_timesteps(1000, 25), spaced_timesteps(1000, 25, "leading")
     assert (trailing[0], trailing[-1]) == (999, 39)
     assert (leading[0], leading[-1]) == (961, 1)
@@ -103,14 +119,14 @@ def test_sampling_starts_at_a_noise_level_and_still_takes_all_steps(start):
 
 def test_too_few_timesteps_below_the_start_are_named():
     schedule = linear_schedule(DiffusionConfig())
-    with pytest.raises(ValueError, match="25 sampling steps are not between 1 and 10"):
+    with pytest.raises(ValueError, match=r"25 sampling steps, and 10 noise levels up to start 0\.01"):
         sampling_timesteps(schedule, SamplingConfig(start=0.01))
 
 
 @pytest.mark.parametrize("factor", [4, 1 / 4])
 @pytest.mark.parametrize("zero", [False, True])
 def test_tokens_shift_the_ratio_of_noise_to_signal_by_their_root(factor, zero):
-    schedule = linear_schedule(DiffusionConfig(prediction="v", zero_terminal_snr=zero))
+    schedule = linear_schedule(ZERO_SNR if zero else DiffusionConfig())
     config = SamplingConfig(steps=20, shift_tokens=1024)
     shifted = sampling_timesteps(schedule, config, int(1024 * factor))
     ratio = schedule.noise / np.maximum(schedule.signal, 1e-30)
@@ -118,6 +134,8 @@ def test_tokens_shift_the_ratio_of_noise_to_signal_by_their_root(factor, zero):
     usable = int(np.sum(ratio * factor**0.5 <= ratio[-1] * (1 + 1e-12)))
     expected = ratio[spaced_timesteps(usable, 20)] * factor**0.5
     within = expected < ratio[-2]  # else rounded to the last timestep
+    within[0] = False
+    assert shifted[0] == 999  # from pure noise, whatever the shift
     # Half a timestep: the largest relative difference of neighbours beyond the first few.
     np.testing.assert_allclose(ratio[shifted][within], expected[within], rtol=0.02)
     assert np.all(np.diff(shifted) < 0)
@@ -138,7 +156,7 @@ def test_steps_that_would_share_timesteps_are_refused():
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-1.0, 0.5), (0.7, 1.3)])
 def test_logit_normal_moments(mean, std):
     config = dataclasses.replace(DiffusionConfig(), logit_normal_mean=mean, logit_normal_std=std)
-    timesteps = np.asarray(logit_normal_timesteps(jax.random.key(3), (200, 200), config))
+    timesteps = np.asarray(training_timesteps(jax.random.key(3), (200, 200), config))
     assert timesteps.shape == (200, 200)
     assert timesteps.dtype == np.int32
     fraction = (timesteps + 0.5) / config.train_timesteps
@@ -152,5 +170,5 @@ def test_logit_normal_moments(mean, std):
 
 def test_logit_normal_stays_in_range_when_the_sigmoid_saturates():
     config = dataclasses.replace(DiffusionConfig(), logit_normal_std=100.0)
-    timesteps = logit_normal_timesteps(jax.random.key(0), (1000,), config)
+    timesteps = training_timesteps(jax.random.key(0), (1000,), config)
     assert (timesteps.min(), timesteps.max()) == (0, 999)

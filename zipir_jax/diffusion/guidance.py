@@ -9,7 +9,7 @@ in the place of the empty condition):
 The paper uses w = 3.5; w = 1 is the conditional model alone. p is what the model predicts, eps or v: at a given z_t
 either, and the clean latent, is a linear function of the other, so that w means the same for all. Where w is large, the
 result has more contrast than any image; a share phi of it may be scaled to the conditional prediction's deviation over
-an image (Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", eq. 15 and 16):
+an image (S. Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", eq. 15 and 16):
 
     p <- phi p std(p(z_t, condition)) / std(p) + (1 - phi) p
 
@@ -26,20 +26,20 @@ from jaxtyping import Array, Float, Float32, PyTree
 from zipir_jax.config import SamplingConfig
 
 
-def guided(
+def classifier_free_guidance(
     prepare: Callable[[PyTree], Callable[[Array, Array], Array]],
     config: SamplingConfig,
+    train_timesteps: int,
     condition: PyTree,
     negative: PyTree | None = None,
-    train_timesteps: int = 1000,
 ) -> Callable[[Array, Array], Array]:
     """The guided `predict(noisy, timesteps)`, where `prepare(condition)` returns the one of a condition.
 
     `condition` and `negative` are pytrees of the same structure whose leaves have a leading batch axis [b, ...]. They
     are joined along it and prepared here, once, not at each step; the model is then called once, on 2b items, the
-    negative ones last, and the difference is taken in float32. With guidance 1 (a Python number, known when tracing)
-    or without `negative` the model is called on the b items alone, as it is at timesteps outside the guidance interval;
-    all items of a call are at one timestep.
+    negative ones last, and the difference of what it returns is taken in float32. With guidance 1 (a Python number,
+    known when tracing) or without `negative` the model is called on the b items alone, as it is at timesteps outside
+    the guidance interval; all items of a call are at one timestep.
     """
     if config.guidance == 1 or negative is None:
         return prepare(condition)
@@ -54,16 +54,15 @@ def guided(
         result = unconditional + config.guidance * (conditional - unconditional)
         return rescale(result, conditional, config.guidance_rescale)
 
-    low, high = config.guidance_interval
-    if (low, high) == (0, 1):
+    if config.guidance_interval == (0, 1):
         return predict_guided
+    first, last = guided_timesteps(config, train_timesteps)
 
     alone = prepare(condition)
 
     def predict_in_interval(noisy: Array, timesteps: Array) -> Array:
-        level = timesteps[0] / train_timesteps
         return jax.lax.cond(
-            (low <= level) & (level <= high),
+            (first <= timesteps[0]) & (timesteps[0] <= last),
             predict_guided,
             lambda *inputs: alone(*inputs).astype(jnp.float32),
             noisy,
@@ -73,18 +72,26 @@ def guided(
     return predict_in_interval
 
 
+def guided_timesteps(config: SamplingConfig, train_timesteps: int) -> tuple[int, int]:
+    """First and last timestep of the guidance interval, whose noise levels are (timestep + 1) / train_timesteps."""
+    low, high = config.guidance_interval
+    return round(low * train_timesteps) - 1, round(high * train_timesteps) - 1
+
+
 def rescale(
     guided: Float32[Array, " b *item"], conditional: Float32[Array, " b *item"], share: float
 ) -> Float32[Array, " b *item"]:
-    """A share of the guided prediction at the deviation of the conditional one (Lin et al. 2024, eq. 15 and 16)."""
+    """A share of the guided prediction at the deviation of the conditional one (S. Lin et al. 2024, eq. 15 and 16)."""
     if not share:
         return guided
     axes = tuple(range(1, guided.ndim))
-    factor = conditional.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
+    # Where the prediction is flat, as an untrained model's is, there is nothing to scale.
+    deviation = jnp.maximum(guided.std(axes, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    factor = conditional.std(axes, keepdims=True) / deviation
     return guided * (share * factor + 1 - share)
 
 
-def faithful(
+def restoration_guidance(
     denoise: Callable[[Array, Array], Array],
     strength: float,
     target: Float[Array, "b h w c"],
@@ -94,9 +101,10 @@ def faithful(
 
         z_0 <- z_0 - strength grad 1/2 || z_0 - target ||^2 = z_0 + strength (target - z_0)
 
-    Restoration guidance (Lin et al. 2024, "DiffBIR", section 3.4), which takes the gradient of a distance between the
-    predicted clean image and the input, in the place of guiding the noise; here between the bands of the latent that
-    hold the image's low frequencies, so no decoder is differentiated. 0 leaves the prediction, 1 replaces the bands.
+    Restoration guidance (X. Lin et al. 2024, "DiffBIR"): a gradient step on the distance between the predicted clean
+    latent and a faithful one. DiffBIR's target is an image whose degradation a first network has removed; ours is the
+    degraded image, and only in the bands of the latent that hold low frequencies, so no decoder is differentiated. 0
+    leaves the prediction, 1 replaces the bands; as what is pulled at one step is seen at the next, pulls add up.
     """
     if not strength:
         return denoise

@@ -17,10 +17,12 @@ Diffusion Training via Min-SNR Weighting Strategy", section 3.4),
     w_t = min(SNR, gamma) / SNR  for eps,    min(SNR, gamma) / (SNR + 1)  for v
 
 either of which is min(SNR, gamma) times the squared error of z_0; and the latent's first channels, which carry the
-structure of the image, may have losses of their own, added to that of all (Chen et al. 2025, "DC-AE 1.5", section 3.3:
-augmented diffusion training)
+structure of the image, may have losses of their own, added to that of all,
 
     L + sum_n weight_n E || (target - prediction)[first n channels] ||^2
+
+which is the augmented diffusion training of DC-AE 1.5 (Chen et al. 2025); there n is drawn at random, here the bands of
+the latent pyramid are there to be named.
 """
 
 from collections.abc import Callable
@@ -79,7 +81,7 @@ def diffusion_loss(
     timesteps: Int[Array, " b"],
     schedule: Schedule,
     objective: ObjectiveConfig = ObjectiveConfig(),
-    bands: tuple[int, int] = (0, 0),
+    bands: tuple[int, int] = (3, 12),
 ) -> Float32[Array, " b"]:
     """Each item's mean squared error of the predicted noise (Ho et al. 2020, eq. 14) or of v, in float32.
 

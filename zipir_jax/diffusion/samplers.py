@@ -16,12 +16,12 @@ DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2), second order; r 
 
     z_s = (b_s / b_t) z_t + (a_s - b_s a_t / b_t) D,    D = x_t + (x_t - x_before) / (2 r)
 
-UniPC (Zhao et al. 2023, "UniPC: A Unified Predictor-Corrector Framework", B_2(h) = e^h - 1), predictor of second order,
-corrector of third: its predictor is the line above, and once the model has seen z_s, x_s corrects it at no cost:
+UniPC (Zhao et al. 2023, "UniPC: A Unified Predictor-Corrector Framework", of order 2 with B_2(h), in its form for
+predicted clean latents): its predictor is the line above, and once the model has seen z_s, x_s corrects it at no cost:
 
     z_s = (b_s / b_t) z_t + (a_s - b_s a_t / b_t) (x_t + c_1 (x_before - x_t) / r_1 + c_2 (x_s - x_t))
 
-where r_1 = -r and c solves the two conditions of its order (eq. 9 there). The first step has no x_before: c_2 = 1/2.
+where r_1 = -r and c solves the two conditions of its order. The first step has no x_before: c_2 = 1/2.
 The last step, to b_s = 0, is of first order in all three: it returns the predicted clean latent.
 """
 
@@ -33,10 +33,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int, Key
 
+from zipir_jax.config import SAMPLERS
 from zipir_jax.diffusion.schedule import Schedule
 
-# Where the log ratio would be infinite, at a signal of zero, it is that of this signal.
-SMALLEST_SIGNAL = 2.0**-12
+SMALLEST_SIGNAL = 1e-30  # whose log ratio stands for that of no signal at all, which would be infinite
 
 
 class Table(NamedTuple):
@@ -88,7 +88,7 @@ def sample(
     elif sampler == "unipc":
         table = unipc_table(signal, noise)
     else:
-        raise ValueError(f"sampler {sampler!r} is not one of ddim, dpm-solver++, unipc")
+        raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
 
     def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
         (noisy, last, before, earlier), (index, timestep, row) = carry, xs
@@ -127,7 +127,7 @@ def dpm_solver_table(signal: Float64[np.ndarray, " n"], noise: Float64[np.ndarra
 
 
 def unipc_table(signal: Float64[np.ndarray, " n"], noise: Float64[np.ndarray, " n"]) -> Table:
-    """UniPC of second order through these n levels, in n - 1 steps (Zhao et al. 2023, algorithms 7 and 8).
+    """UniPC of order 2 through these n levels, in n - 1 steps (Zhao et al. 2023).
 
     Row i corrects what row i - 1 predicted; row 0 has nothing to correct.
     """

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float64, Int, Key
 
-from zipir_jax.config import DiffusionConfig, SamplingConfig
+from zipir_jax.config import SPACINGS, DiffusionConfig, SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,8 +59,8 @@ def spaced_timesteps(
 
     Raises ValueError for steps outside 1 .. T (1 .. T - 1 with leading spacing), or an unknown spacing.
     """
-    if spacing not in ("trailing", "linspace", "leading"):
-        raise ValueError(f"timestep spacing {spacing!r} is not one of trailing, linspace, leading")
+    if spacing not in SPACINGS:
+        raise ValueError(f"timestep spacing {spacing!r} is not one of {', '.join(SPACINGS)}")
     # The offset of one leaves no room for a leading sequence of all T timesteps.
     most = train_timesteps - 1 if spacing == "leading" else train_timesteps
     if not 1 <= steps <= most:
@@ -81,20 +81,27 @@ def sampling_timesteps(
     They are spaced over the schedule up to the noise level `start`. With `shift_tokens` = n, a latent of m tokens is
     sampled at levels whose ratio of noise to signal is sqrt(m / n) times that: noise of one level hides less of a
     larger image, whose neighbouring tokens tell more of each other (Hoogeboom et al. 2023, "Simple diffusion", 3.1;
-    Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 23). No level has more noise than `start`'s.
+    Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 23). The first stays where it is: sampling starts from
+    noise, of which less would be a lie.
 
     Raises ValueError as `spaced_timesteps`, and for so many steps that two of them would share a timestep.
     """
     usable = round(config.start * len(schedule.signal))
+    if config.start < 1 and config.steps > usable:
+        raise ValueError(
+            f"{config.steps} sampling steps, and {usable} noise levels up to start {config.start:g}"
+        )
     if not config.shift_tokens or not tokens:
         return spaced_timesteps(usable, config.steps, config.spacing)
-    # Of noise to signal; rising. Zero signal is as good as very little: nothing is shifted beyond it.
+    # Of noise to signal; rising. Where there is no signal, that of as little as can be.
     ratio = np.log(schedule.noise / np.maximum(schedule.signal, np.finfo(np.float64).tiny))
     shift = 0.5 * np.log(tokens / config.shift_tokens)
+    # Levels that stay within those usable.
     unshifted = int(np.searchsorted(ratio[:usable] + shift, ratio[usable - 1], side="right"))
-    timesteps = spaced_timesteps(unshifted, config.steps, config.spacing)
+    timesteps = spaced_timesteps(max(unshifted, config.steps), config.steps, config.spacing)
     shifted = np.interp(ratio[timesteps] + shift, ratio, np.arange(len(ratio)))
     shifted = np.round(shifted).astype(np.int32)
+    shifted[0] = spaced_timesteps(usable, config.steps, config.spacing)[0]
     if np.any(np.diff(shifted) >= 0):
         raise ValueError(
             f"{config.steps} sampling steps, shifted from {config.shift_tokens} to {tokens} tokens, share timesteps; "
@@ -103,15 +110,21 @@ def sampling_timesteps(
     return shifted
 
 
-def logit_normal_timesteps(
+def training_timesteps(
     key: Key[Array, ""], shape: tuple[int, ...], config: DiffusionConfig
 ) -> Int[Array, "..."]:
     """Random training timesteps, t = floor(T sigmoid(m + s n)) with n ~ N(0, 1), int32 in [0, T).
 
     Logit-normal sampling of Esser et al. 2024, "Scaling Rectified Flow Transformers", section 3.1, with
-    m = `logit_normal_mean` and s = `logit_normal_std`; it favours the middle of the schedule.
+    m = `logit_normal_mean` and s = `logit_normal_std`; it favours the middle of the schedule. A share of them,
+    `uniform_share`, is drawn uniformly instead: the middle alone never learns the last level.
     """
     normal = jax.random.normal(key, shape, dtype=jnp.float32)
     fraction = jax.nn.sigmoid(config.logit_normal_mean + config.logit_normal_std * normal)
     timesteps = jnp.floor(fraction * config.train_timesteps).astype(jnp.int32)
-    return jnp.minimum(timesteps, config.train_timesteps - 1)  # sigmoid can round to 1
+    timesteps = jnp.minimum(timesteps, config.train_timesteps - 1)  # sigmoid can round to 1
+    if not config.uniform_share:
+        return timesteps
+    which, level = jax.random.split(jax.random.fold_in(key, 1))
+    uniform = jax.random.randint(level, shape, 0, config.train_timesteps)
+    return jnp.where(jax.random.bernoulli(which, config.uniform_share, shape), uniform, timesteps)

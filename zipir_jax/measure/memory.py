@@ -35,7 +35,7 @@ def restore_memory(model: str, setting: str, side: int, memory: int | None) -> d
         text = np.ones((DataConfig.text_tokens, config.dit.text_width), np.float32)
         texts = {"text": text} | ({"negative_text": text} if SETTINGS[setting]["guided"] else {})
     branches = 2 if SETTINGS[setting]["guided"] else 1
-    plan = restorer.plan(photograph.shape, scale=1, branches=branches, memory=memory)
+    plan = restorer.plan(photograph.shape, scale=1, sampling=sampling, memory=memory, **texts)
     before = _in_use()
     restorer.restore(photograph, scale=1, sampling=sampling, memory=memory, **texts)
     peak = _peak()

@@ -4,8 +4,9 @@ Noisy and LQ latents have patch embedders of their own; their tokens stand side 
 the rotary position of the noisy token it describes. Each sublayer is modulated by adaLN-zero (Peebles & Xie 2023):
 shift, scale and gate, hence six vectors a block, or nine with the cross-attention to text.
 
-What does not change while an image is sampled is computed once: `DiT.read` makes the keys and values of the text and,
-with lq_attention "static", of the LQ tokens; `DiT.denoise` uses them at every step. `DiT.__call__` is both at once.
+What does not change while an image is sampled is computed once: `DiT.read_text` makes the keys and values of the text,
+`DiT.read_lq`, with lq_attention "static", those of the LQ tokens; `DiT.denoise` uses them at every step. `DiT.__call__`
+is all of it at once.
 """
 
 import jax

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from zipir_jax.config import DiffusionConfig, LPVAEConfig, SamplingConfig, TrainConfig
 from zipir_jax.diffusion.objective import diffusion_loss
-from zipir_jax.diffusion.schedule import linear_schedule, logit_normal_timesteps
+from zipir_jax.diffusion.schedule import linear_schedule, training_timesteps
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind, init_params
 from zipir_jax.models.lp_vae import FACTOR, MACRO_CHANNELS, decode, encode, whiten
@@ -98,7 +98,7 @@ def gradients(
     clean, lq = (condition(whiten(latent, frozen["statistics"])) for latent in latents(config, frozen, batch))
     lq = weaken(lq, weak_key, config.model.diffusion)
     text = jax.tree.map(condition, text_of(batch))
-    timesteps = logit_normal_timesteps(timestep_key, (clean.shape[0],), config.model.diffusion)
+    timesteps = training_timesteps(timestep_key, (clean.shape[0],), config.model.diffusion)
     schedule = linear_schedule(config.model.diffusion)
 
     def loss(generator):
