@@ -69,6 +69,10 @@ def make_scheduler(sampler: str, spacing: str, steps: int):
         scheduler = diffusers.UniPCMultistepScheduler(
             **SCHEDULE, **MULTISTEP, predict_x0=True, solver_type="bh2"
         )
+    if spacing == "trailing":
+        scheduler.register_to_config(timestep_spacing=spacing)
+        scheduler.set_timesteps(steps)
+        return scheduler
     scheduler.set_timesteps(steps)
     scheduler.timesteps = ddim.timesteps
     alpha_bar = ddim.alphas_cumprod[ddim.timesteps].double()
