@@ -131,7 +131,7 @@ def evaluate(
 
 def restorations(weights: str, sampling: SamplingConfig, seed: int) -> dict:
     """Methods that restore an LQ picture, by name; raises ValueError for weights or sampling that do not do."""
-    from zipir_jax.metrics.scoring import BASELINE, UNDIFFUSED, bicubic
+    from zipir_jax.metrics.scoring import BASELINE, UNDIFFUSED, bicubic, describe_sampling
     from zipir_jax.restorer import Restorer, check_sampling
 
     restorer = Restorer.load(weights)
@@ -140,7 +140,7 @@ def restorations(weights: str, sampling: SamplingConfig, seed: int) -> dict:
     return {
         BASELINE: bicubic,
         UNDIFFUSED: lambda lq, size: restore(lq, size=size, denoise=False),
-        f"zipir_jax, {sampling.steps} steps": lambda lq, size: restore(lq, size=size),
+        f"zipir_jax, {describe_sampling(sampling)}": lambda lq, size: restore(lq, size=size),
     }
 
 

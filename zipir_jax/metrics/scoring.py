@@ -3,13 +3,14 @@
 Everything is scored on 8-bit pictures, as a user gets them.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import UInt8
 
-from zipir_jax.config import Task
+from zipir_jax.config import SamplingConfig, Task
 from zipir_jax.imageio import resize, to_float, to_uint8
 from zipir_jax.metrics.fidelity import GRID_PERIODS, LPIPS_NETS, grid_energy, lpips_to, psnr
 
@@ -128,6 +129,15 @@ def describe(task: Task) -> str:
     if task.jpeg_quality is not None:
         parts.append(f"JPEG quality {task.jpeg_quality}")
     return ", ".join(parts)
+
+
+def describe_sampling(sampling: SamplingConfig) -> str:
+    """The steps, and what is not as by default."""
+    shown = [f"{sampling.steps} steps"]
+    for name, value in dataclasses.asdict(sampling).items():
+        if name != "steps" and value != getattr(SamplingConfig, name):
+            shown.append(f"{name} {value}")
+    return ", ".join(shown)
 
 
 def _mean(values):
