@@ -356,9 +356,9 @@ class DiffusionConfig:
     uniform_share: float = 0.0  # of the timesteps drawn for training, drawn uniformly instead
     # The signal is scaled to end at zero, see diffusion/schedule.py; with v and a uniform_share alone.
     zero_terminal_snr: bool = False
-    # Probability, in training, that the whitened LQ latent is made weak: multiplied by a number drawn uniformly from the
-    # range weak_lq. Weights trained so can be guided away from what a weak LQ latent gives, in the place of no LQ latent
-    # at all (VOSR, Wu et al. 2026, whose published configs have 0.1 and this range); 0 = off.
+    # Probability, in training, that the whitened LQ latent is made weak: multiplied by a number drawn uniformly from
+    # the range weak_lq. Weights trained so can be guided away from what a weak LQ latent gives, in the place of no LQ
+    # latent at all (VOSR, Wu et al. 2026, whose published configs have 0.1 and this range); 0 = off.
     weak_lq_probability: float = 0.0
     weak_lq: tuple[float, float] = (0.05, 0.25)  # strengths of weak LQ latents
 
