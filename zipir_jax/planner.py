@@ -236,7 +236,9 @@ def denoise_bytes(
     layer = count_params(abstract_params(Block, config)) * value  # which a scan copies out of the stack
     latents = SAMPLER_LATENTS * pictures * height * width * config.latent_channels * 4
     text = lq = 0
-    read = branches + interval  # texts, or LQ latents, whose keys and values are there
+    # Texts, or LQ latents, whose keys and values are there; within an interval, also those of the steps beyond it, which
+    # take up to twice their size as XLA hands them to the one or the other program.
+    read = branches + 2 * interval
     if config.text_width:
         keys_values = 2 * config.layers * config.width * value
         text = pictures * read * text_tokens * (keys_values + 4 * config.text_width)
