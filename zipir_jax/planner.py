@@ -236,21 +236,12 @@ def denoise_bytes(
     layer = count_params(abstract_params(Block, config)) * value  # which a scan copies out of the stack
     latents = SAMPLER_LATENTS * pictures * height * width * config.latent_channels * 4
     text = lq = 0
-    # Texts, or LQ latents, whose keys and values are there; within an interval, also those of the steps beyond it, which
-    # take up to twice their size as XLA hands them to the one or the other program.
-    read = branches + 2 * interval
+    # Texts, or LQ latents, whose keys and values are there: with an interval, also those of the steps outside of it.
+    read = branches + interval
     if config.text_width:
         keys_values = 2 * config.layers * config.width * value
         text = pictures * read * text_tokens * (keys_values + 4 * config.text_width)
     if static:
-        lq = (
-            LQ_COPIES[platform]
-            * pictures
-            * (branches if weak_lq else 1)
-            * 2
-            * config.layers
-            * noisy
-            * config.width
-            * value
-        )
+        latents_read = pictures * (read if weak_lq else 1)
+        lq = LQ_COPIES[platform] * latents_read * 2 * config.layers * noisy * config.width * value
     return tokens + logits + layer + latents + text + lq
