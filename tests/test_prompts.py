@@ -1,25 +1,29 @@
 """Which words a photograph is restored with, and where their embeddings come from; a T5 only where it has to."""
 
 import dataclasses
+import json
 import re
 import shutil
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 import skimage.data
+from safetensors.numpy import load_file, save_file
 
 from tests.conftest import TINY, save_random_weights
-from zipir_jax import prepare, sample
-from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT, SamplingConfig
+from zipir_jax import prepare, restorer, sample
+from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT, DataConfig, SamplingConfig
 from zipir_jax.data.text import TextEmbeddings, write_text
 from zipir_jax.imageio import read_image_uint8, write_image
-from zipir_jax.prompts import DEFAULT_PROMPTS, choose_prompts, embed_prompts, read_prompt_file
+from zipir_jax.prompts import choose_prompts, embed_prompts, read_prompt_file
 from zipir_jax.restorer import Restorer
-from zipir_jax.weights import TEXT
+from zipir_jax.weights import TEXT, load_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 FAST = SamplingConfig(steps=1)
+DEFAULT_PROMPTS = ("", POSITIVE_PROMPT, NEGATIVE_PROMPT)
 
 
 @pytest.fixture(scope="module")
@@ -93,23 +97,44 @@ def test_embed_writes_the_default_prompts_and_each_caption_once(embedded, t5_fol
     for caption, expected in zip(captions, TextEncoder.load(t5_folder).encode(captions), strict=True):
         assert len(text[caption]) == min(len(expected), 20)
         np.testing.assert_allclose(text[caption], expected[:20], rtol=2**-7, atol=1e-4)
-    assert len(text[""]) == 1 and len(text[captions[-1]]) == 20
+    assert len(text[""]) == 1 and len(text[captions[-1]]) == text.tokens == 20
+    assert (text.positive, text.negative) == (POSITIVE_PROMPT, NEGATIVE_PROMPT)
 
 
-def test_embed_names_captions_that_it_cannot_read_and_goes_on(t5_folder, call, tmp_path):
-    for name, caption in (("a", b"a lake"), ("b", b"\xff")):
-        write_image(tmp_path / "photos" / f"{name}.png", skimage.data.astronaut()[:40, :40])
-        (tmp_path / "photos" / f"{name}.txt").write_bytes(caption)
+def test_embed_names_captions_that_it_cannot_use_and_goes_on(t5_folder, call, tmp_path, monkeypatch):
+    from zipir_jax.text_encoder import TextEncoder
+
+    encode = TextEncoder.encode
+
+    def picky(self, captions):
+        if "two boats" in captions:
+            raise TypeError("no words")
+        return encode(self, [caption.encode("utf-8", "replace").decode() for caption in captions])
+
+    monkeypatch.setattr(TextEncoder, "encode", picky)
+    half = "half \ud83d a character"
+    for name, caption in (
+        ("a.txt", b"a lake"),
+        ("b.txt", b"\xff"),
+        ("c.txt", b"two boats"),
+        ("d.json", json.dumps({"caption": half}).encode()),
+    ):
+        write_image(tmp_path / "photos" / f"{name[0]}.png", skimage.data.astronaut()[:40, :40])
+        (tmp_path / "photos" / name).write_bytes(caption)
     options = "--encoder", t5_folder, "--output", tmp_path / "text", "--sources", tmp_path / "photos"
     status, out, err = call(prepare.main, "embed", *options)
-    assert (status, out) == (0, f"{tmp_path / 'text'}: embeddings of 4 captions\n")
-    assert "b.txt: the caption cannot be read" in err and "1 images or captions could not be read" in err
-    assert "a lake" in TextEmbeddings(tmp_path / "text")
+    assert (status, out) == (0, f"{tmp_path / 'text'}: embeddings of 5 captions\n")
+    assert "b.txt: the caption cannot be read" in err and "2 images or captions could not be read" in err
+    assert "the caption 'two boats' cannot be encoded (no words)" in err
+    text = TextEmbeddings(tmp_path / "text")
+    assert "a lake" in text and half in text and "two boats" not in text
 
 
 def test_embed_refuses_what_cannot_work_before_it_loads_an_encoder(embedded, call, tmp_path, no_encoder):
+    (tmp_path / "file").write_text("")
     for options, message in (
         (("--output", embedded), "holds text.json already"),
+        (("--output", tmp_path / "file" / "out"), "cannot be written to"),
         (("--output", tmp_path / "out", "--tokens", 0), "tokens is 0"),
         (("--output", tmp_path / "out", "--sources", tmp_path / "none"), "none: no such folder"),
     ):
@@ -136,8 +161,15 @@ def test_what_a_killed_embed_leaves_is_not_finished(t5_folder, monkeypatch, tmp_
             prepare.main(options)
     with pytest.raises(ValueError, match=r"text\.json: cannot be read"):
         TextEmbeddings(tmp_path)
+    for left in ("text-00007.array_record", ".text-00007.array_record.partial"):
+        (tmp_path / left).touch()
     prepare.main(options)  # and is written over
     assert len(TextEmbeddings(tmp_path)) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "captions.npy",
+        "text-00000.array_record",
+        "text.json",
+    }
 
 
 def test_export_takes_the_default_prompts_along(text_weights, embedded, call, tmp_path):
@@ -152,6 +184,48 @@ def test_export_takes_the_default_prompts_along(text_weights, embedded, call, tm
         )
         assert (status, err) == (0, "")
     np.testing.assert_array_equal(Restorer.load(tmp_path / "again").text, made[POSITIVE_PROMPT])
+    assert TextEmbeddings(tmp_path / "again" / TEXT).tokens == 20
+
+
+def test_prompts_of_before_never_lie_beside_other_weights(
+    bare_weights, tiny_weights, text_weights, embedded, call, tmp_path, monkeypatch
+):
+    def export(weights, *options):
+        return call(prepare.main, "export", "--weights", weights, "--output", tmp_path / "out", *options)
+
+    # A textless model, one without prompts, and an export that is killed between weights and text.
+    for weights in (tiny_weights, bare_weights):
+        assert export(text_weights)[0] == 0 and (tmp_path / "out" / TEXT).is_dir()
+        assert export(weights)[0] == 0 and not (tmp_path / "out" / TEXT).exists()
+    assert export(text_weights)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("zipir_jax.prompts.write_text", None)
+        with pytest.raises(TypeError):
+            export(text_weights)
+    assert Restorer.load(tmp_path / "out").text is None
+    # Embeddings of hours are not taken for an older export's; where they are linked to, the link alone goes.
+    shutil.copytree(embedded, tmp_path / "out" / TEXT)
+    status, _, err = export(bare_weights, "--text", tmp_path / "out" / TEXT)
+    assert status == 2 and "would replace the embeddings" in err
+    shutil.rmtree(tmp_path / "out" / TEXT)
+    (tmp_path / "out" / TEXT).symlink_to(embedded)
+    assert export(tiny_weights)[0] == 0
+    assert len(TextEmbeddings(embedded)) == 5 and not (tmp_path / "out" / TEXT).exists()
+
+
+def test_stored_prompts_outlive_a_change_of_their_wording(restore, bare_weights, no_encoder, tmp_path):
+    rng = np.random.default_rng(0)
+    prompts = [(text, rng.standard_normal((3, 16)).astype(np.float32)) for text in ("", "fine", "poor")]
+    shutil.copytree(bare_weights, tmp_path / "weights")
+    write_text(tmp_path / "weights" / TEXT, prompts, "t5", positive="fine", negative="poor")
+    prepare.main(
+        ["export", "--weights", str(tmp_path / "weights"), "--output", str(tmp_path / "exported")]
+        + ["--dtype", "float32"]
+    )
+    default = restore(weights=tmp_path / "exported")[0]
+    named = restore("--prompt", "fine", "--negative-prompt", "poor", weights=tmp_path / "exported")[0]
+    np.testing.assert_array_equal(default, named)
+    assert restore("--prompt", POSITIVE_PROMPT, weights=tmp_path / "exported")[0] is None
 
 
 def test_export_refuses_embeddings_that_the_model_does_not_take(
@@ -278,12 +352,21 @@ def test_a_new_prompt_loads_the_encoder_once_for_all_photographs(restore, photo,
 
 def test_a_prompt_is_the_same_embedded_beforehand_or_now(embedded, bare_weights, t5_folder, tmp_path):
     shutil.copytree(bare_weights, tmp_path / "weights")
-    now = embed_prompts(["a lake", ""], tmp_path / "weights", t5_folder)
+    config, long = (
+        load_config(bare_weights),
+        ("two boats " * 40).strip(),
+    )  # of 121 tokens, cut at 20 when embedded
+    now = embed_prompts(["a lake", "", long * 2], tmp_path / "weights", config, t5_folder)
+    assert len(now.pop(long * 2)) == DataConfig.text_tokens
     shutil.copytree(embedded, tmp_path / "weights" / TEXT)
-    before = embed_prompts(["a lake", ""], tmp_path / "weights")
+    before = embed_prompts(["a lake", "", long, long + "."], tmp_path / "weights", config, t5_folder)
+    # The same words with a full stop, which only the encoder can embed, are cut where the others were.
+    assert len(before.pop(long)) == len(before.pop(long + ".")) == 20
     assert now.keys() == before.keys()
     for prompt in now:  # to the last digit of bfloat16: other captions were encoded beside it
-        np.testing.assert_allclose(now[prompt], before[prompt], rtol=2**-7, atol=1e-4)
+        assert now[prompt].dtype == before[prompt].dtype == ml_dtypes.bfloat16
+        found, expected = (x[prompt].astype(np.float32) for x in (now, before))
+        np.testing.assert_allclose(found, expected, rtol=2**-7, atol=1e-4)
 
 
 def test_a_prompt_that_nobody_can_embed_is_one_sentence(
@@ -326,6 +409,37 @@ def test_a_prompt_that_nobody_can_embed_is_one_sentence(
         Restorer.load(bare_weights).restore(read_image_uint8(photo), scale=1)
 
 
+def test_a_caption_that_nobody_can_embed_does_not_end_a_folder(restore, photo, no_encoder):
+    default = restore()[0]
+    shutil.copy(photo, photo.with_name("b.png"))
+    photo.with_suffix(".txt").write_text("a lake")
+    _, out, err = restore(input=photo.parent)
+    assert out == "restored 2, skipped 0\n"
+    assert err.count("--text-encoder") == 1 and f"{photo}: no embedding of its caption 'a lake'" in err
+    np.testing.assert_array_equal(read_image_uint8(photo.parent.parent / "out" / "photo.png"), default)
+    # A prompt that somebody gave is another matter.
+    prompts = photo.with_name("prompts.csv")
+    prompts.write_text("file_name,text\nb.png,two boats\n")
+    photo.with_suffix(".txt").unlink()
+    _, out, err = restore("--prompt-file", prompts, input=photo.parent)
+    assert out == "" and "no embedding of the prompt 'two boats'" in err and err.count("\n") == 1
+
+
+def test_what_is_cheap_to_refuse_is_refused_before_an_encoder_is_loaded(
+    restore, text_weights, no_encoder, tmp_path
+):
+    shutil.copytree(text_weights, tmp_path / "broken")
+    tensors = load_file(text_weights / "model.safetensors")
+    tensors["dit.head.kernel"] = tensors["dit.head.kernel"][:7]
+    save_file(tensors, tmp_path / "broken" / "model.safetensors")
+    for weights, options, message in (
+        (text_weights, ("--attention", "cudnn"), "cudnn"),
+        (tmp_path / "broken", (), r"dit\.head\.kernel has shape \(7, 64\), not \(32, 64\)"),
+    ):
+        picture, _, err = restore(*options, "--prompt", "a lake", "--text-encoder", tmp_path, weights=weights)
+        assert picture is None and re.search(message, err) and err.count("\n") == 1
+
+
 def test_weights_without_text_leave_captions_alone(restore, tiny_weights, photo):
     photo.with_suffix(".txt").write_bytes(b"\xff no text")
     picture, _, err = restore(weights=tiny_weights)
@@ -336,25 +450,35 @@ def test_another_encoder_is_refused(text_weights, t5_folder, tmp_path):
     shutil.copytree(t5_folder, tmp_path / "t5")
     config = tmp_path / "t5" / "config.json"
     config.write_text(config.read_text().replace("tiny-t5", "other-t5"))
-    with pytest.raises(ValueError, match="t5: is other-t5, the model was trained with tiny-t5"):
-        embed_prompts(["a lake"], text_weights, tmp_path / "t5")
+    with pytest.raises(ValueError, match=r"t5: is other-t5, but .*text holds embeddings of tiny-t5"):
+        embed_prompts(["a lake"], text_weights, load_config(text_weights), tmp_path / "t5")
 
 
-def test_a_dry_run_plans_what_the_restoration_does(restore, t5_folder, monkeypatch):
-    plans, plan = [], Restorer.plan
+def test_a_dry_run_plans_what_the_restoration_does(restore, bare_weights, t5_folder, monkeypatch, tmp_path):
+    plans, make_plan = [], restorer.make_plan
 
-    def recorded(self, *arguments, **options):
-        plans.append({name: options[name] for name in ("branches", "text_tokens")})
-        return plan(self, *arguments, **options)
+    def recorded(*arguments, branches, text_tokens, **options):
+        plans.append((branches, text_tokens))
+        return make_plan(*arguments, branches=branches, text_tokens=text_tokens, **options)
 
-    monkeypatch.setattr(Restorer, "plan", recorded)
-    long = "a lake and two boats " * 60  # more tokens than the default prompts are padded to
+    monkeypatch.setattr(restorer, "make_plan", recorded)
+    zeros = [(prompt, np.zeros((1, 16), np.float32)) for prompt in DEFAULT_PROMPTS]
+    shutil.copytree(bare_weights, tmp_path / "weights")
+    write_text(tmp_path / "weights" / TEXT, zeros, "tiny-t5", tokens=200)
+    long = "a lake and two boats " * 60  # more tokens than are left uncut
     for options, expected in (
-        ((), {"branches": 2, "text_tokens": 128}),
-        (("--guidance", 1), {"branches": 1, "text_tokens": 128}),
-        (("--prompt", long, "--text-encoder", t5_folder), {"branches": 2, "text_tokens": 512}),
+        ((), (2, 128)),
+        (("--guidance", 1), (1, 128)),
+        (("--prompt", long), (2, 256)),
+        (("--prompt", "a lake"), (2, 256)),  # how long it is, only the tokenizer knows
     ):
         plans.clear()
-        assert "denoise" in restore("--dry-run", *options)[1]
-        restore(*options)
-        assert plans == [expected, expected]
+        if "--prompt" in options:
+            options = *options, "--text-encoder", t5_folder
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "zipir_jax.text_encoder", None)
+            assert "denoise" in restore("--dry-run", *options, weights=tmp_path / "weights")[1]
+        if "a lake" not in options:
+            restore(*options, weights=tmp_path / "weights")
+            assert plans.pop() == expected
+        assert plans == [expected]

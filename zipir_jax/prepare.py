@@ -107,22 +107,28 @@ def export(
     from jax import tree  # takes seconds, and preview does not need it
 
     from zipir_jax.data.text import TextEmbeddings
-    from zipir_jax.prompts import check_prompts, write_prompts
+    from zipir_jax.prompts import check_prompts, remove_prompts, write_prompts
     from zipir_jax.restorer import NEEDED
-    from zipir_jax.training.export import run_weights
-    from zipir_jax.weights import FILES, check_groups, check_text, load_text, load_weights, save_weights
+    from zipir_jax.training.export import run_weights, text_tokens
+    from zipir_jax.weights import FILES, TEXT, check_groups, check_text, load_text, load_weights, save_weights
 
     prompts = None if text is None else TextEmbeddings(text)
     if prompts is not None:
         check_prompts(prompts)
+        if (output / TEXT).exists() and (output / TEXT).samefile(text):
+            raise ValueError(
+                f"{output}: the export would replace the embeddings in {text}; choose another output."
+            )
     if (weights / "checkpoints").is_dir():
+        tokens = None if prompts is None else text_tokens(weights, step, prompts)
         config, groups = run_weights(weights, step)
         check_groups(weights, groups, NEEDED)
     elif step is not None:
         raise ValueError(f"{weights}: no run here, and step {step} names a run's checkpoint")
     else:
         config, groups = load_weights(weights, NEEDED)
-        prompts = prompts or load_text(weights)
+        prompts = prompts or load_text(weights, config)
+        tokens = None if prompts is None else prompts.tokens
     if text is not None:
         check_text(prompts, config)
     narrow = ml_dtypes.bfloat16 if dtype == "bfloat16" else "float32"
@@ -131,9 +137,11 @@ def export(
         name: groups[name] if name == "statistics" else tree.map(lambda x: x.astype(narrow), groups[name])
         for name in NEEDED
     }
+    # Embeddings of before are gone before the weights are new: whenever it is killed, none lie beside others' weights.
+    remove_prompts(output)
     save_weights(output, config, groups, file_format)
     if prompts is not None:
-        write_prompts(output, prompts)
+        write_prompts(output, prompts, tokens)
     elif config.dit.text_width:
         print(
             f"{output}: without embeddings of the default prompts: restoring needs a text encoder, or --text here",
@@ -153,23 +161,26 @@ def embed(
     """Write the text embeddings that training (--data.text OUTPUT) and restoring (export --text OUTPUT) work with.
 
     They are those of the empty caption, of the default positive and negative prompt, and of every caption of the
-    sources. An interrupted run has to be started again.
+    sources. It runs in one process; an interrupted run has to be started again. A caption that cannot be read or
+    encoded is named and passed over.
 
     Args:
         encoder: folder that `prepare import-t5` wrote
         output: folder to write
         sources: images with captions, as data.sources of the training
-        tokens: of an embedding; what is longer is cut, as data.text_tokens of the training does
+        tokens: of an embedding; what is longer is cut, as data.text_tokens of the training does, which may be no more
     """
     from zipir_jax.command_line import cache_compiled_programs
+    from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT
     from zipir_jax.data.records import check_new
     from zipir_jax.data.sources import open_sources
-    from zipir_jax.data.text import INDEX_FILE, TextEmbeddings, distinct, write_text
-    from zipir_jax.prompts import DEFAULT_PROMPTS
+    from zipir_jax.data.text import INDEX_FILE, TextEmbeddings, distinct, remove_text, shortened, write_text
+    from zipir_jax.files import check_writable
 
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}; it must be at least 1.")
     check_new(output, INDEX_FILE)  # to load an encoder takes minutes
+    check_writable(output)
     source = open_sources(sources) if sources else None
     cache_compiled_programs()
     from zipir_jax.text_encoder import TextEncoder
@@ -177,9 +188,10 @@ def embed(
     t5, unreadable = TextEncoder.load(encoder), list(source.damaged if source else ())
     for line in unreadable:
         print(line, file=sys.stderr)
+    remove_text(output)  # of a run that was killed, perhaps more shards than this one writes
 
     def captions():
-        yield from DEFAULT_PROMPTS
+        yield from ("", POSITIVE_PROMPT, NEGATIVE_PROMPT)
         for index in tqdm(range(len(source) if source else 0), unit="caption", dynamic_ncols=True):
             try:
                 yield source.caption(index)
@@ -187,13 +199,22 @@ def embed(
                 unreadable.append(str(error))
                 tqdm.write(unreadable[-1], file=sys.stderr)
 
+    def encode(together):
+        try:
+            return zip(together, t5.encode(together), strict=True)
+        except (TypeError, ValueError) as error:  # what tokenizers raise
+            if len(together) > 1:
+                return itertools.chain.from_iterable(encode([caption]) for caption in together)
+            unreadable.append(f"the caption {shortened(together[0])!r} cannot be encoded ({error})")
+            tqdm.write(unreadable[-1], file=sys.stderr)
+            return ()
+
     def embeddings():
         new = distinct(captions())
         while together := list(itertools.islice(new, CAPTIONS_AT_ONCE)):
-            for caption, embedding in zip(together, t5.encode(together), strict=True):
-                yield caption, embedding[:tokens]
+            yield from encode(together)
 
-    write_text(output, embeddings(), t5.name)
+    write_text(output, embeddings(), t5.name, tokens)
     print(f"{output}: embeddings of {len(TextEmbeddings(output))} captions")
     if unreadable:
         print(f"{len(unreadable)} images or captions could not be read", file=sys.stderr)

@@ -1,5 +1,6 @@
 """What each photograph is restored with, in words, and the embeddings of these words."""
 
+import contextlib
 import csv
 import sys
 from collections.abc import Iterable
@@ -7,34 +8,48 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import BFloat16
 
-from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT
+from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT, DataConfig, ModelConfig
 from zipir_jax.data.sources import read_caption
-from zipir_jax.data.text import INDEX_FILE, TextEmbeddings, shortened, write_text
-from zipir_jax.weights import TEXT, load_config, load_text
+from zipir_jax.data.text import TextEmbeddings, remove_text, shortened, write_text
+from zipir_jax.weights import TEXT, load_text
 
-# That weights come with; the empty caption stands for no text.
-DEFAULT_PROMPTS = ("", POSITIVE_PROMPT, NEGATIVE_PROMPT)
+PROMPTS_AT_ONCE = 64  # that are encoded before they are cut and rounded: the float32 of one may be 8 MiB
 COLUMNS = ("file_name", "text")  # of a prompt file, as in the metadata.csv of Hugging Face's imagefolder
 
 
-def choose_prompts(photographs: list[Path], prompt: str | None, prompt_file: Path | None) -> list[str]:
-    """The prompt of each photograph: the file's, else `prompt`, else the caption beside it, else POSITIVE_PROMPT.
+def choose_prompts(
+    photographs: list[Path],
+    prompt: str | None,
+    prompt_file: Path | None,
+    default: str = POSITIVE_PROMPT,
+    stored: TextEmbeddings | None = None,
+) -> list[str]:
+    """The prompt of each photograph: the file's, else `prompt`, else the caption beside it, else `default`.
 
-    photographs: of one folder. A caption that cannot be read is named on stderr. Raises ValueError as
+    photographs: of one folder. stored: the only captions that can be had, where there is no text encoder. A caption
+    that cannot be read, or had, is named on stderr: unlike a prompt, nobody asked for it. Raises ValueError as
     `read_prompt_file`.
     """
     named = {} if prompt_file is None else read_prompt_file(prompt_file, photographs[0].parent)
-    return [named.get(path.name, prompt if prompt is not None else _caption(path)) for path in photographs]
 
+    def caption_of(photograph):
+        try:
+            caption = read_caption(photograph)
+        except ValueError as error:
+            print(f"{error}; its photograph is restored with the default prompt", file=sys.stderr)
+            return default
+        if caption and stored is not None and caption not in stored:
+            print(
+                f"{photograph}: no embedding of its caption {shortened(caption)!r}; restored with the default prompt: "
+                "its own needs --text-encoder FOLDER",
+                file=sys.stderr,
+            )
+            return default
+        return caption or default
 
-def _caption(photograph):
-    try:
-        return read_caption(photograph) or POSITIVE_PROMPT
-    except ValueError as error:
-        print(f"{error}; its photograph is restored with the default prompt", file=sys.stderr)
-        return POSITIVE_PROMPT
+    return [named.get(path.name, prompt if prompt is not None else caption_of(path)) for path in photographs]
 
 
 def read_prompt_file(path: Path, folder: Path) -> dict[str, str]:
@@ -74,19 +89,26 @@ def read_prompt_file(path: Path, folder: Path) -> dict[str, str]:
 
 
 def embed_prompts(
-    prompts: Iterable[str], weights: Path | str, encoder: Path | None = None
-) -> dict[str, Float32[np.ndarray, "_ c"]]:
+    prompts: Iterable[str],
+    weights: Path | str,
+    config: ModelConfig,
+    encoder: Path | None = None,
+    dry_run: bool = False,
+) -> dict[str, BFloat16[np.ndarray, "_ c"]]:
     """{prompt: embedding} out of what the weights come with, and for all others by a text encoder, if there are others.
 
-    encoder: folder that `prepare import-t5` wrote; loaded only where it is needed, and given up at the end. Raises
-    ValueError for prompts that only an encoder could embed where there is none, and for an encoder that the weights
-    were not trained with.
+    config: of the weights. encoder: folder that `prepare import-t5` wrote; loaded only where it is needed, and given up
+    at the end. What it makes is cut as what is stored, or by DataConfig.text_tokens where nothing is. dry_run: do not
+    load it, and give zeros of as many tokens as are left uncut, which no embedding exceeds.
+
+    Raises ValueError for prompts that only an encoder could embed where there is none, and for an encoder that does not
+    suit the model, or did not make what is stored.
     """
-    stored, width = load_text(weights), load_config(weights).dit.text_width
+    stored = load_text(weights, config)
     embeddings, new = {}, []
     for prompt in dict.fromkeys(prompts):
         if stored is not None and prompt in stored:
-            embeddings[prompt] = stored[prompt]
+            embeddings[prompt] = stored[prompt].astype(ml_dtypes.bfloat16)
         else:
             new.append(prompt)
     if not new:
@@ -102,32 +124,41 @@ def embed_prompts(
             f"{weights}: no embedding of the prompt {shortened(new[0])!r}{others}, which only a text encoder can make; "
             "give --text-encoder FOLDER (see prepare import-t5)"
         )
+    width, tokens = config.dit.text_width, DataConfig.text_tokens if stored is None else stored.tokens
+    if dry_run:
+        return embeddings | dict.fromkeys(new, np.zeros((tokens, width), ml_dtypes.bfloat16))
     from zipir_jax.text_encoder import TextEncoder  # brings transformers, which takes seconds
 
     t5 = TextEncoder.load(encoder)
     if t5.width != width:
         raise ValueError(f"{encoder}: its embeddings have {t5.width} channels, the model takes {width}")
     if stored is not None and stored.encoder != t5.name:
-        raise ValueError(f"{encoder}: is {t5.name}, the model was trained with {stored.encoder}")
-    # As they are stored: the same prompt gives the same picture.
-    found = (embedding.astype(ml_dtypes.bfloat16).astype(np.float32) for embedding in t5.encode(new))
-    return embeddings | dict(zip(new, found, strict=True))
+        raise ValueError(f"{encoder}: is {t5.name}, but {stored.folder} holds embeddings of {stored.encoder}")
+    for start in range(0, len(new), PROMPTS_AT_ONCE):
+        part = new[start : start + PROMPTS_AT_ONCE]
+        for prompt, embedding in zip(part, t5.encode(part), strict=True):
+            # As they are stored: the same prompt gives the same picture.
+            embeddings[prompt] = embedding[:tokens].astype(ml_dtypes.bfloat16)
+    return embeddings
 
 
 def prompt_texts(
     photographs: list[Path],
     weights: Path | str,
+    config: ModelConfig,
     prompt: str | None = None,
     negative_prompt: str | None = None,
     prompt_file: Path | None = None,
     encoder: Path | None = None,
+    dry_run: bool = False,
 ) -> dict[Path, dict]:
     """What `Restorer.restore` takes as {"text", "negative_text"} of each photograph; {} for weights without text.
 
-    Weights without text leave captions beside the photographs alone. Raises ValueError, naming what was given, where
-    they are given prompts, and as `choose_prompts` and `embed_prompts`.
+    config: of the weights. dry_run: see `embed_prompts`. Photographs of one prompt share its embedding. Weights without
+    text leave captions beside the photographs alone. Raises ValueError, naming what was given, where they are given
+    prompts, and as `choose_prompts` and `embed_prompts`.
     """
-    if not load_config(weights).dit.text_width:
+    if not config.dit.text_width:
         given = {
             "prompt": prompt,
             "negative-prompt": negative_prompt,
@@ -142,18 +173,27 @@ def prompt_texts(
         return {photograph: {} for photograph in photographs}
     if not photographs:
         return {}
-    chosen = choose_prompts(photographs, prompt, prompt_file)
-    negative = NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
-    embeddings = embed_prompts([*chosen, negative], weights, encoder)
+    stored = load_text(weights, config)
+    positive, negative = (
+        (POSITIVE_PROMPT, NEGATIVE_PROMPT) if stored is None else (stored.positive, stored.negative)
+    )
+    chosen = choose_prompts(photographs, prompt, prompt_file, positive, stored if encoder is None else None)
+    negative = negative if negative_prompt is None else negative_prompt
+    embeddings = embed_prompts([*chosen, negative], weights, config, encoder, dry_run)
     return {
         photograph: {"text": embeddings[prompt], "negative_text": embeddings[negative]}
         for photograph, prompt in zip(photographs, chosen, strict=True)
     }
 
 
+# --------------------------------------------------------------------------------------------------
+# The default prompts, which weights come with
+# --------------------------------------------------------------------------------------------------
+
+
 def check_prompts(text: TextEmbeddings) -> None:
-    """Raises ValueError where there is no embedding of one of DEFAULT_PROMPTS."""
-    missing = [prompt for prompt in DEFAULT_PROMPTS if prompt not in text]
+    """Raises ValueError where there is no embedding of a default prompt."""
+    missing = [prompt for prompt in (text.positive, text.negative) if prompt not in text]
     if missing:
         raise ValueError(
             f"{text.folder}: no embedding of the default prompt {shortened(missing[0])!r}; make the folder with "
@@ -161,8 +201,21 @@ def check_prompts(text: TextEmbeddings) -> None:
         )
 
 
-def write_prompts(weights: Path, text: TextEmbeddings) -> None:
-    """Write those of DEFAULT_PROMPTS that have an embedding into a folder of weights, in the place of what is there."""
-    found = [(prompt, text[prompt]) for prompt in DEFAULT_PROMPTS if prompt in text]
-    (weights / TEXT / INDEX_FILE).unlink(missing_ok=True)
-    write_text(weights / TEXT, found, text.encoder)
+def remove_prompts(weights: Path) -> None:
+    """Remove the embeddings that a folder of weights holds; of a link itself, not of what it leads to."""
+    folder = weights / TEXT
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
+        remove_text(folder)
+        with contextlib.suppress(OSError):  # where it holds something else
+            folder.rmdir()
+
+
+def write_prompts(weights: Path, text: TextEmbeddings, tokens: int) -> None:
+    """Write embeddings of no text and of the default prompts, those that there are, into a folder of weights.
+
+    tokens: where they are cut. Raises ValueError as `write_text`.
+    """
+    found = [(prompt, text[prompt]) for prompt in ("", text.positive, text.negative) if prompt in text]
+    write_text(weights / TEXT, found, text.encoder, tokens, text.positive, text.negative)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Key, UInt8
 
-from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT, ModelConfig, SamplingConfig, check_seed
+from zipir_jax.config import ModelConfig, SamplingConfig, check_seed
 from zipir_jax.diffusion.guidance import classifier_free_guidance, guided_timesteps, restoration_guidance
 from zipir_jax.diffusion.objective import add_noise, predict_clean
 from zipir_jax.diffusion.samplers import initial_noise, sample
@@ -108,17 +108,15 @@ class Restorer:
         Raises ValueError, naming folder and tensor, if they cannot be read or do not fit together, and for attention
         that does not run here.
         """
-        stored = load_text(weights)
         config, groups = load_weights(weights, NEEDED)
+        stored = load_text(weights, config)
         if attention is not None:
             config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, attention=attention))
         check_implementation(config.dit.attention, config.dit.compute_dtype)
         groups = in_compute_dtype(config, {group: groups[group] for group in NEEDED})
-        prompts = [
-            stored[prompt] if stored is not None and prompt in stored else None
-            for prompt in (POSITIVE_PROMPT, NEGATIVE_PROMPT)
-        ]
-        return cls(config, jax.device_put(groups), *prompts)
+        prompts = (None, None) if stored is None else (stored.positive, stored.negative)
+        texts = [stored[prompt] if stored is not None and prompt in stored else None for prompt in prompts]
+        return cls(config, jax.device_put(groups), *texts)
 
     def restore(
         self,

@@ -56,9 +56,10 @@ def restore_files(
         overwrite: replace output files that exist
         memory_gib: memory of the device to spend beside the weights; what does not fit whole runs in tiles, with the
             same result. Not given: nine tenths of what is free, on a CPU half of it
-        dry_run: restore nothing; print how each picture would be restored and the memory that it needs
+        dry_run: restore nothing; print how each picture would be restored and the memory that it needs. A new prompt
+            counts as the longest that is not cut, as no text encoder is loaded
         prompt: what the photographs show, for weights trained with text; not given: of each what NAME.txt or NAME.json
-            beside it says, else the default prompt
+            beside it says, where that can be embedded, else the default prompt
         negative_prompt: what the guidance leads away from; not given: the default negative prompt; "" is no text
         prompt_file: CSV file with the columns file_name and text: prompts of single photographs, before all others
         text_encoder: folder that `prepare import-t5` wrote; loaded only for prompts that the weights do not come with
@@ -73,20 +74,24 @@ def restore_files(
     if negative_prompt is not None and sampling.guidance == 1:
         raise ValueError("a negative prompt has no effect with guidance 1; leave one of them out")
     # Importing jax takes seconds; bad arguments should not wait for it.
+    from zipir_jax.models.attention import check_implementation
     from zipir_jax.prompts import prompt_texts
-    from zipir_jax.restorer import PHASES, Restorer, check_sampling, target_size
-    from zipir_jax.weights import load_config
+    from zipir_jax.restorer import NEEDED, PHASES, Restorer, check_sampling, target_size
+    from zipir_jax.weights import check_weights
 
     target_size((1, 1), scale, target)  # a scale or size that no image can have
     if memory_gib is not None and not memory_gib > 0:
         raise ValueError(f"memory of {memory_gib:g} GiB is not above 0")
     memory = None if memory_gib is None else int(memory_gib * 2**30)
     cache_compiled_programs()
-    config = load_config(weights)
+    config = check_weights(weights, NEEDED)
+    check_implementation(attention or config.dit.attention, config.dit.compute_dtype)
     check_sampling(config, sampling, has_negative_text=config.dit.text_width > 0)
     # Before the weights are loaded, so that a text encoder has the memory for itself.
     to_restore = [source for source, destination in jobs if overwrite or not destination.exists()]
-    texts = prompt_texts(to_restore, weights, prompt, negative_prompt, prompt_file, text_encoder)
+    texts = prompt_texts(
+        to_restore, weights, config, prompt, negative_prompt, prompt_file, text_encoder, dry_run
+    )
     restorer = Restorer.load(weights, attention)
     failures = 0
     with tqdm(total=len(PHASES) * len(jobs), unit="phase", dynamic_ncols=True, disable=dry_run) as bar:

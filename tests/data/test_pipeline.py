@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zipir_jax.config import NEGATIVE_PROMPT, DataConfig, DegradationConfig, DiTConfig
+from zipir_jax.config import DataConfig, DegradationConfig, DiTConfig
 from zipir_jax.data.latents import CachedLatents, write_latents
 from zipir_jax.data.pipeline import READ_TRIES, batch_shapes, batches, crop_size, random_crop, read_item
 from zipir_jax.data.sources import open_sources
@@ -579,8 +579,9 @@ def energy(images):
 
 @pytest.mark.parametrize("with_text", [True, False], ids=["text", "no text, as for cached latents"])
 def test_low_quality_images_are_degraded_ones_with_the_negative_prompt(source, tmp_path, with_text):
-    captions = [NEGATIVE_PROMPT, *map(caption_of, range(len(SIZES)))]
-    write_text(tmp_path / "text", ((caption, embedding(caption)) for caption in captions), "t5-tiny")
+    captions = ["poor", *map(caption_of, range(len(SIZES)))]
+    items = ((caption, embedding(caption)) for caption in captions)
+    write_text(tmp_path / "text", items, "t5-tiny", negative="poor")
     text = TextEmbeddings(tmp_path / "text") if with_text else None
 
     def batches_of(probability, count=15):
@@ -601,7 +602,7 @@ def test_low_quality_images_are_degraded_ones_with_the_negative_prompt(source, t
         if not with_text:
             continue
         for index, is_low, found in zip(indices, low_quality, batch["text"], strict=True):
-            expected = embedding(NEGATIVE_PROMPT if is_low else caption_of(index))[:20]
+            expected = embedding("poor" if is_low else caption_of(index))[:20]
             np.testing.assert_array_equal(found[: len(expected)], expected)
     assert np.mean(low) == pytest.approx(0.3, abs=4 * np.sqrt(0.3 * 0.7 / len(low)))  # 4 deviations
     first, again = (batches_of(1.0, 2) for _ in range(2))
@@ -652,6 +653,16 @@ def test_cached_latents_come_as_they_were_written_with_the_text_of_their_caption
         for number, length in zip(numbers, batch["text_lengths"], strict=True):
             assert length == len(embedding(caption_of(number)))
     assert crop_size(batch) == (64, 64)
+
+
+def test_a_cached_low_quality_image_has_the_text_of_the_negative_prompt_however_worded(tmp_path):
+    write_latents(tmp_path / "latents", [(*latent_pair(0), None)], "a crop", "0123")
+    captions = [(caption, embedding(caption)) for caption in ("", "poor")]
+    write_text(tmp_path / "text", captions, "t5-tiny", negative="poor")
+    settings = config(batch_size=1, latents="l", text="t", text_tokens=20, text_dropout=0.0)
+    sources = CachedLatents(tmp_path / "latents"), 0, None, TextEmbeddings(tmp_path / "text")
+    (batch,) = take(batches(settings, *sources), 1)
+    np.testing.assert_array_equal(batch["text"][0, :4], embedding("poor"))
 
 
 def test_only_latents_of_exactly_a_crops_size_are_used(latents):

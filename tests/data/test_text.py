@@ -94,6 +94,14 @@ def test_embeddings_of_two_encoders_do_not_mix(tmp_path):
     assert not (tmp_path / "out" / "text.json").exists()
 
 
+def test_what_is_stored_is_cut_and_says_where_and_what_the_default_prompts_are(tmp_path):
+    items = [(caption, embedding(caption)) for caption in ("", "a lake", "b")]
+    write_text(tmp_path / "out", items, "t5", 4, "a lake", "b")
+    found = TextEmbeddings(tmp_path / "out")
+    assert [len(found[caption]) for caption, _ in items] == [1, 4, 2]
+    assert (found.tokens, found.positive, found.negative) == (4, "a lake", "b")
+
+
 def test_keys_stay_on_disk_and_out_of_pickles(folder):
     embeddings = TextEmbeddings(folder)
     assert isinstance(embeddings._keys, np.memmap)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from zipir_jax import prepare
 from zipir_jax.command_line import run
-from zipir_jax.config import NEGATIVE_PROMPT, DataConfig, SamplingConfig
+from zipir_jax.config import DataConfig, SamplingConfig
 from zipir_jax.data.latents import CachedLatents, write_latents
 from zipir_jax.data.pipeline import batches
 from zipir_jax.data.sources import FolderSource, open_sources
@@ -323,6 +323,8 @@ def test_text_of_another_width_is_refused(make_config, trained, tmp_path):
     config = replace_data(with_text(config, 64), text=write_embeddings(tmp_path / "text", 8))
     with pytest.raises(ValueError, match=r"text: the embeddings have 8 channels, model.dit.text_width is 64"):
         train(config)
+    with pytest.raises(ValueError, match=r"text: the embeddings are cut at 128 tokens, .* --tokens 129$"):
+        train(replace_data(with_text(config, 8), text_tokens=129))
 
 
 @pytest.mark.parametrize("stage", ["coarse", "fine", "pixel_decoder"])
@@ -387,9 +389,7 @@ def test_cached_low_quality_images_keep_their_caption(make_config, trained, phot
     cached = CachedLatents(tmp_path / "latents")
     made_of = batches(config.data, FolderSource(photos), config.seed, config.degradation)
     low_quality = [low for _ in range(8) for low in (next(made_of), made_of.low_quality.tolist())[1]]
-    assert [cached[number]["caption"] for number in range(16)] == [
-        NEGATIVE_PROMPT if low else "" for low in low_quality
-    ]
+    assert [cached[number]["caption"] for number in range(16)] == [None if low else "" for low in low_quality]
     assert 0 < sum(low_quality) < 16 and cached.low_quality_probability == 0.5
 
 

@@ -19,12 +19,12 @@ SIZES_FILE = "sizes.npy"
 
 def write_latents(
     folder: Path,
-    items: Iterable[tuple[Float32[np.ndarray, "_ _ c"], Float32[np.ndarray, "_ _ c"], str]],
+    items: Iterable[tuple[Float32[np.ndarray, "_ _ c"], Float32[np.ndarray, "_ _ c"], str | None]],
     contents: str,
     encoder: str,
     low_quality_probability: float = 0.0,
 ) -> None:
-    """Write (latent, degraded image's latent, caption) of each crop.
+    """Write (latent, degraded image's latent, caption) of each crop; None is the caption of a low-quality one.
 
     contents: what the crops were made of. encoder: a digest of the weights that encoded them. low_quality_probability:
     see DataConfig; training compares both with its own. Raises ValueError as `write_records`, for two latents of
@@ -68,10 +68,11 @@ def _to_float16(array, number):
 
 
 class CachedLatents:
-    """What `write_latents` wrote: `source[i] -> {"latent": float32 [h, w, c], "lq_latent": the same, "caption": str}`.
+    """What `write_latents` wrote: `source[i] -> {"latent": float32 [h, w, c], "lq_latent": the same, "caption"}`.
 
-    sizes: height and width in pixels of each crop. encoder: digest of the weights that encoded them.
-    low_quality_probability: that of low-quality images among them. Raises ValueError as `Records`.
+    caption: None for a low-quality image, whose text is the negative prompt, however it is worded. sizes: height and
+    width in pixels of each crop. encoder: digest of the weights that encoded them. low_quality_probability: that of
+    low-quality images among them. Raises ValueError as `Records`.
     """
 
     def __init__(self, folder: str | Path):

@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float32, UInt8
 
-from zipir_jax.config import NEGATIVE_PROMPT, DataConfig, DegradationConfig, DiTConfig
+from zipir_jax.config import DataConfig, DegradationConfig, DiTConfig
 from zipir_jax.data.buckets import LATENT_PIXEL, Bucket, make_buckets
 from zipir_jax.data.degrade import degrade_item
 from zipir_jax.data.latents import CachedLatents
@@ -81,9 +81,9 @@ def image_item(
 ) -> dict:
     """{"image", "lq"?, "text"?, "text_lengths"?, "index", "low_quality", "unreadable"} for a position of the bucket.
 
-    With a degradation, the image is a low-quality one at random: what "lq" is of others, with NEGATIVE_PROMPT's text.
-    An image whose caption has no embedding counts as unreadable: some that were added later should not end a run, and
-    each is named; where it is all of them, READ_TRIES ends the run at once.
+    With a degradation, the image is a low-quality one at random: what "lq" is of others, with the text of the
+    negative prompt. An image whose caption has no embedding counts as unreadable: some that were added later should not
+    end a run, and each is named; where it is all of them, READ_TRIES ends the run at once.
     """
 
     def read(index):
@@ -96,7 +96,7 @@ def image_item(
     low_quality = probability > 0 and rng.random() < probability
     if low_quality:
         crop = degrade_item(crop, degradation, int(rng.integers(2**63)))
-        embedding = None if text is None else text[NEGATIVE_PROMPT]
+        embedding = None if text is None else text[text.negative]
     item = {"image": crop, "index": np.int64(index), "unreadable": np.array(unreadable)}
     item["low_quality"] = np.bool_(low_quality)
     if degradation is not None:
@@ -123,7 +123,9 @@ def latent_item(
     def read(index):
         cached = source[index]
         caption = cached.pop("caption")
-        return None if text is None else text[caption], cached
+        if text is None:
+            return None, cached
+        return text[text.negative if caption is None else caption], cached
 
     (embedding, item), unreadable = read_item(read, bucket.images, position)
     item["unreadable"] = np.array(unreadable)

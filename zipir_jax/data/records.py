@@ -116,6 +116,14 @@ def write_records(folder: Path, index: str, records: Iterable[dict], description
     write_index_file(folder / index, description, shards)
 
 
+def remove_records(folder: Path, index: str) -> None:
+    """Remove what `write_records` wrote with this index, or left half written; the index first."""
+    (folder / index).unlink(missing_ok=True)
+    stem = Path(index).stem
+    for path in (*folder.glob(f"{stem}-*.array_record"), *folder.glob(f".{stem}-*.array_record.partial")):
+        path.unlink()
+
+
 # --------------------------------------------------------------------------------------------------
 # Reading
 # --------------------------------------------------------------------------------------------------

@@ -8,16 +8,24 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Float32
 
-from zipir_jax.data.records import Records, write_records
+from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT, DataConfig
+from zipir_jax.data.records import Records, remove_records, write_records
 
 INDEX_FILE = "text.json"
 CAPTIONS_FILE = "captions.npy"  # uint64 [2, n]: the captions' keys, rising, and the numbers of their records
 
 
 def write_text(
-    folder: Path, embeddings: Iterable[tuple[str, Float[np.ndarray, "_ c"]]], encoder: str
+    folder: Path,
+    embeddings: Iterable[tuple[str, Float[np.ndarray, "_ c"]]],
+    encoder: str,
+    tokens: int = DataConfig.text_tokens,
+    positive: str = POSITIVE_PROMPT,
+    negative: str = NEGATIVE_PROMPT,
 ) -> None:
-    """Write each caption's embedding in bfloat16. encoder: its name.
+    """Write each caption's embedding in bfloat16, cut at `tokens`. encoder: its name.
+
+    positive, negative: the default prompts, which need not be among the captions.
 
     Raises ValueError as `write_records`, for embeddings of different widths, and unless the empty caption, which stands
     for no text, is among them.
@@ -27,7 +35,7 @@ def write_text(
     def records():
         for caption, embedding in embeddings:
             keys.append(_key(caption))
-            array = np.asarray(embedding).astype(ml_dtypes.bfloat16)
+            array = np.asarray(embedding)[:tokens].astype(ml_dtypes.bfloat16)
             widths.add(array.shape[1])
             if len(widths) > 1:
                 raise ValueError(
@@ -40,7 +48,14 @@ def write_text(
         order = np.argsort(np.array(keys, np.uint64)).astype(np.uint64)
         np.save(folder / CAPTIONS_FILE, np.stack([np.array(keys, np.uint64)[order], order]))
 
-    write_records(folder, INDEX_FILE, records(), {"encoder": encoder})
+    description = {"encoder": encoder, "tokens": tokens, "positive": positive, "negative": negative}
+    write_records(folder, INDEX_FILE, records(), description)
+
+
+def remove_text(folder: Path) -> None:
+    """Remove what `write_text` wrote, or left half written; the index first."""
+    remove_records(folder, INDEX_FILE)
+    (folder / CAPTIONS_FILE).unlink(missing_ok=True)
 
 
 def distinct(captions: Iterable[str]) -> Iterator[str]:
@@ -56,8 +71,9 @@ def distinct(captions: Iterable[str]) -> Iterator[str]:
 class TextEmbeddings:
     """`embeddings[caption] -> float32 [l, c]` of what `write_text` wrote; `caption in embeddings`.
 
-    width: c. encoder: the name of what made them. Raises ValueError as `Records`, and when a caption is asked for that
-    has no embedding.
+    width: c. encoder: the name of what made them. tokens: l is no more. positive, negative: the default prompts when
+    they were made, by which a model trained with them is still to be asked after config.py words them otherwise. Raises
+    ValueError as `Records`, and when a caption is asked for that has no embedding.
     """
 
     def __init__(self, folder: str | Path):
@@ -65,7 +81,12 @@ class TextEmbeddings:
         self._records = Records(folder, INDEX_FILE)
         self._keys, self._numbers = self._records.column(CAPTIONS_FILE, (2, len(self._records)), np.uint64)
         self.width = self[""].shape[1]
-        self.encoder = self._records.index["encoder"]
+        index = self._records.index
+        self.encoder = index["encoder"]
+        # Folders that were written before they named the rest were made with these.
+        self.tokens = index.get("tokens", DataConfig.text_tokens)
+        self.positive = index.get("positive", POSITIVE_PROMPT)
+        self.negative = index.get("negative", NEGATIVE_PROMPT)
 
     def __repr__(
         self,

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from zipir_jax import parallel
-from zipir_jax.config import NEGATIVE_PROMPT, TrainConfig
+from zipir_jax.config import TrainConfig
 from zipir_jax.data.latents import CachedLatents, write_latents
 from zipir_jax.training.checkpoint import encoder_digest
 from zipir_jax.training.loop import check_low_quality, load_pretrained, open_data, training_batches
@@ -40,7 +40,7 @@ def cache_latents(config: TrainConfig, output: Path, batches: int) -> int:
                 found = encoder(weights, {name: arrays[name] for name in ("image", "lq")})
             crops = zip(*map(np.asarray, found), data.indices, data.low_quality, strict=True)
             for latent, lq_latent, index, low_quality in crops:
-                yield latent, lq_latent, NEGATIVE_PROMPT if low_quality else source.caption(int(index))
+                yield latent, lq_latent, None if low_quality else source.caption(int(index))
 
     share = config.data.low_quality_probability
     write_latents(output, items(), repr(source), encoder_digest(pretrained), share)

@@ -63,7 +63,11 @@ def reader(run: Path) -> ocp.CheckpointManager:
     folder = Path(run) / "checkpoints"
     if not folder.is_dir():
         raise ValueError(f"{run}: no run here (checkpoints is missing)")
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+    handlers = {
+        "state": ocp.PyTreeCheckpointHandler(),
+        "config": ocp.JsonCheckpointHandler(),
+        "data": ocp.JsonCheckpointHandler(),
+    }
     options = ocp.CheckpointManagerOptions(create=False)
     return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
@@ -146,6 +150,11 @@ def save(
 def read_config(checkpoints: ocp.CheckpointManager, step: int) -> dict:
     """{"fingerprint", "config", "macro"} of a checkpoint's run, see `save`."""
     return checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+
+
+def data_contents(checkpoints: ocp.CheckpointManager, step: int) -> str:
+    """What a checkpoint's run is trained on, as `Batches` describes it."""
+    return checkpoints.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]["contents"]
 
 
 def check_same_run(checkpoints: ocp.CheckpointManager, step: int, run: dict) -> None:

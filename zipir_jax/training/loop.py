@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from zipir_jax import parallel
-from zipir_jax.config import NEGATIVE_PROMPT, DiffusionConfig, DiTConfig, LPVAEConfig, TrainConfig
+from zipir_jax.config import DiffusionConfig, DiTConfig, LPVAEConfig, TrainConfig
 from zipir_jax.data.buckets import Bucket, crop_sides
 from zipir_jax.data.latents import CachedLatents
 from zipir_jax.data.pipeline import Batches, batch_shapes, batches, crop_size
@@ -231,7 +231,7 @@ def load_pretrained(config: TrainConfig) -> dict:
     wanted = None if jax.process_index() == 0 else (*needed, *makes)
     model, pretrained = load_weights(config.init_from, needed, wanted)
     for part in ("lp_vae", "dit", "diffusion"):
-        if _meaning(getattr(model, part)) != _meaning(getattr(config.model, part)):
+        if _meaning(getattr(model, part), makes) != _meaning(getattr(config.model, part), makes):
             other = f"{config.init_from}: these weights have another {part} than the config"
             if part == "lp_vae" or "dit" in needed:
                 raise ValueError(other)
@@ -241,9 +241,13 @@ def load_pretrained(config: TrainConfig) -> dict:
     return pretrained
 
 
-def _meaning(part: LPVAEConfig | DiTConfig | DiffusionConfig) -> dict:
-    """The fields that trained weights depend on; the others say how to compute, or which timesteps to train on."""
-    free = {"attention", "remat", "compute_dtype", "logit_normal_mean", "logit_normal_std"}
+def _meaning(part: LPVAEConfig | DiTConfig | DiffusionConfig, makes: tuple[str, ...]) -> dict:
+    """The fields that trained weights depend on; the others say how to compute, or what a DiT is trained on."""
+    free = {"attention", "remat", "compute_dtype", "logit_normal_mean", "logit_normal_std", "uniform_share"}
+    # What is trained on from here learns weak LQ latents as the config says; of what is handed on, the weights of this
+    # stage would say something else than is true.
+    if "dit" in makes:
+        free |= {"weak_lq_probability", "weak_lq"}
     fields = flatten_dict(dataclasses.asdict(part))
     return {path: value for path, value in fields.items() if path[-1] not in free}
 
@@ -272,12 +276,17 @@ def open_data(config: TrainConfig) -> tuple[Source | CachedLatents, TextEmbeddin
             f"{data.text}: the embeddings have {text.width} channels, model.dit.text_width is "
             f"{config.model.dit.text_width}"
         )
+    if text is not None and text.tokens < data.text_tokens:
+        raise ValueError(
+            f"{data.text}: the embeddings are cut at {text.tokens} tokens, data.text_tokens is {data.text_tokens}: "
+            f"set it to {text.tokens}, or make the folder with prepare embed --tokens {data.text_tokens}"
+        )
     share = data.low_quality_probability
     if data.latents and source.low_quality_probability != share:
         raise ValueError(
             f"{data.latents}: made with data.low_quality_probability {source.low_quality_probability:g}, not {share:g}"
         )
-    if share and text is not None and NEGATIVE_PROMPT not in text:
+    if share and text is not None and text.negative not in text:
         raise ValueError(
             f"{data.text}: no embedding of the default negative prompt, the caption of low-quality images; make the "
             "folder with prepare embed, or set data.low_quality_probability to 0"

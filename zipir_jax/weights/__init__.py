@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from zipir_jax.config import ModelConfig
-from zipir_jax.data.text import TextEmbeddings
+from zipir_jax.data.text import INDEX_FILE, TextEmbeddings
 from zipir_jax.files import replacing
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import abstract_params, check_shapes
@@ -93,13 +93,13 @@ def load_config(weights: Path | str) -> ModelConfig:
         raise ValueError(f"{folder}: the weights cannot be read ({error})") from None
 
 
-def load_text(weights: Path | str) -> TextEmbeddings | None:
-    """The prompts' embeddings that weights come with, if any, for a model with text.
+def load_text(weights: Path | str, config: ModelConfig) -> TextEmbeddings | None:
+    """The prompts' embeddings that weights of this config come with, if any, for a model with text.
 
     Raises ValueError as `TextEmbeddings` and `check_text`.
     """
-    folder, config = weights_folder(weights) / TEXT, load_config(weights)
-    if not config.dit.text_width or not folder.is_dir():
+    folder = weights_folder(weights) / TEXT
+    if not config.dit.text_width or not (folder / INDEX_FILE).is_file():
         return None
     text = TextEmbeddings(folder)
     check_text(text, config)
@@ -122,25 +122,36 @@ def load_weights(
     file or a needed group is missing or a shape is not the config's.
     """
     folder = weights_folder(folder)
+    config = check_weights(folder, needed, wanted)
+    loaded = _read(folder, _load_safetensors, _load_orbax, wanted)
+    return config, jax.tree.map(lambda tensor: np.asarray(tensor, np.float32), loaded)
+
+
+def check_weights(
+    folder: Path | str, needed: tuple[str, ...], wanted: tuple[str, ...] | None = None
+) -> ModelConfig:
+    """The config of weights. Raises ValueError as `load_weights`; reads no tensor, but its shape alone."""
+    folder = weights_folder(folder)
     config = load_config(folder)
     if not any((folder / name).exists() for name in FILES.values()):
         raise ValueError(f"{folder}: no weights here ({' or '.join(FILES.values())} is missing)")
-    try:
-        load = _load_safetensors if (folder / FILES["safetensors"]).exists() else _load_orbax
-        loaded = load(folder, wanted)
-    except (ValueError, TypeError, AttributeError, SafetensorError, OSError) as error:
-        raise ValueError(f"{folder}: the weights cannot be read ({error})") from None
-    loaded = jax.tree.map(lambda tensor: np.asarray(tensor, np.float32), loaded)
-    expected = abstract_weights(config)
-    check_groups(folder, loaded, needed)
-    for group, tree in loaded.items():
+    there, expected = _read(folder, _safetensors_shapes, _orbax_shapes, wanted), abstract_weights(config)
+    check_groups(folder, there, needed)
+    for group, tree in there.items():
         if group not in expected:
             raise ValueError(f"{folder}: unknown group {group}; a model has {', '.join(expected)}")
         shapes = expected[group]
         if group == "statistics":  # those of the whole latent are there from the fine stage on
             shapes = {name: s for name, s in shapes.items() if name in tree or not name.startswith("latent_")}
         check_shapes(f"{folder}: {group}", tree, shapes)
-    return config, loaded
+    return config
+
+
+def _read(folder, safetensors, orbax, wanted):
+    try:
+        return (safetensors if (folder / FILES["safetensors"]).exists() else orbax)(folder, wanted)
+    except (ValueError, TypeError, AttributeError, SafetensorError, OSError) as error:
+        raise ValueError(f"{folder}: the weights cannot be read ({error})") from None
 
 
 def check_groups(folder: Path, weights: dict, needed: tuple[str, ...]) -> None:
@@ -151,15 +162,28 @@ def check_groups(folder: Path, weights: dict, needed: tuple[str, ...]) -> None:
 
 
 def _load_safetensors(folder, wanted):
+    return _from_safetensors(folder, wanted, lambda file, name: file.get_tensor(name))
+
+
+def _safetensors_shapes(folder, wanted):
+    def shape(file, name):
+        return jax.ShapeDtypeStruct(file.get_slice(name).get_shape(), jnp.float32)
+
+    return _from_safetensors(folder, wanted, shape)
+
+
+def _from_safetensors(folder, wanted, get):
     with safe_open(folder / FILES["safetensors"], framework="numpy") as file:
         paths = {name: tuple(name.split(".")) for name in file.keys()}  # noqa: SIM118 -- no dict
         return unflatten_dict(
-            {
-                path: file.get_tensor(name)
-                for name, path in paths.items()
-                if wanted is None or path[0] in wanted
-            }
+            {path: get(file, name) for name, path in paths.items() if wanted is None or path[0] in wanted}
         )
+
+
+def _orbax_shapes(folder, wanted):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        groups = checkpointer.metadata((folder / FILES["orbax"]).absolute()).item_metadata.tree
+    return {name: group for name, group in groups.items() if wanted is None or name in wanted}
 
 
 def _load_orbax(folder, wanted):
