@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import save_random_weights
 from zipir_jax import prepare, sample, train
 from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT, ObjectiveConfig
-from zipir_jax.data.text import TextEmbeddings
+from zipir_jax.data.text import TextEmbeddings, write_text
 from zipir_jax.imageio import read_image_uint8
 from zipir_jax.text_encoder import TextEncoder
 
@@ -54,6 +54,12 @@ def test_from_captions_to_a_picture_that_follows_its_prompt(
     assert all(np.isfinite(line["loss"]) for line in lines)
 
     weights = tmp_path / "weights"
+    made_up = [(prompt, np.zeros((1, 16))) for prompt in ("", POSITIVE_PROMPT, NEGATIVE_PROMPT)]
+    write_text(tmp_path / "other", made_up, "other-t5")
+    options = "--weights", output, "--text", tmp_path / "other", "--output", weights
+    status, _, err = call(prepare.main, "export", *options)
+    assert status == 2 and "holds TextEmbeddings(other-t5, 16 channels), but" in err
+    assert f"was trained with {TextEmbeddings(text)!r}\n" in err
     run(prepare.main, "export", "--weights", output, "--text", text, "--output", weights)
     loaded, load = [], TextEncoder.load
     monkeypatch.setattr(
