@@ -49,6 +49,7 @@ def test_from_captions_to_a_picture_that_follows_its_prompt(
         f"from zipir_jax.config import *\n\ndef config():\n    return {config!r}\n"
     )
     options = "--data.sources", folder, "--data.text", text, "--data.low-quality-probability", 0.3
+    options = *options, "--data.text-tokens", 100
     run(train.main, "--config", tmp_path / "config.py", *options)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["loss"]) for line in lines)
@@ -61,6 +62,7 @@ def test_from_captions_to_a_picture_that_follows_its_prompt(
     assert status == 2 and "holds TextEmbeddings(other-t5, 16 channels), but" in err
     assert f"was trained with {TextEmbeddings(text)!r}\n" in err
     run(prepare.main, "export", "--weights", output, "--text", text, "--output", weights)
+    assert TextEmbeddings(weights / "text").tokens == 100  # where longer prompts are to be cut
     loaded, load = [], TextEncoder.load
     monkeypatch.setattr(
         TextEncoder, "load", lambda *arguments: (loaded.append(arguments), load(*arguments))[1]
