@@ -449,7 +449,7 @@ def test_weights_without_text_leave_captions_alone(restore, tiny_weights, photo)
 def test_another_encoder_is_refused(bare_weights, t5_folder, tmp_path):
     shutil.copytree(bare_weights, tmp_path / "weights")
     write_text(tmp_path / "weights" / TEXT, [("", np.zeros((1, 16), np.float32))], "other-t5")
-    with pytest.raises(ValueError, match=r"t5: is .*, but .*text holds embeddings of other-t5"):
+    with pytest.raises(ValueError, match=r": is .*, but .*text holds embeddings of other-t5"):
         embed_prompts(["a lake"], tmp_path / "weights", load_config(bare_weights), t5_folder)
 
 
