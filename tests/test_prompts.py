@@ -91,10 +91,10 @@ def no_encoder(monkeypatch):
 def test_embed_writes_the_default_prompts_and_each_caption_once(embedded, t5_folder):
     from zipir_jax.text_encoder import TextEncoder
 
-    text = TextEmbeddings(embedded)
+    text, t5 = TextEmbeddings(embedded), TextEncoder.load(t5_folder)
     captions = [*DEFAULT_PROMPTS, "a lake", ("two boats " * 40).strip()]
-    assert len(text) == len(captions) and (text.width, text.encoder) == (16, "tiny-t5")
-    for caption, expected in zip(captions, TextEncoder.load(t5_folder).encode(captions), strict=True):
+    assert len(text) == len(captions) and (text.width, text.encoder) == (16, t5.name)
+    for caption, expected in zip(captions, t5.encode(captions), strict=True):
         assert len(text[caption]) == min(len(expected), 20)
         np.testing.assert_allclose(text[caption], expected[:20], rtol=2**-7, atol=1e-4)
     assert len(text[""]) == 1 and len(text[captions[-1]]) == text.tokens == 20
@@ -174,7 +174,7 @@ def test_what_a_killed_embed_leaves_is_not_finished(t5_folder, monkeypatch, tmp_
 
 def test_export_takes_the_default_prompts_along(text_weights, embedded, call, tmp_path):
     stored, made = TextEmbeddings(text_weights / TEXT), TextEmbeddings(embedded)
-    assert len(stored) == 3 and stored.encoder == "tiny-t5"
+    assert len(stored) == 3 and stored.encoder == made.encoder
     for prompt in DEFAULT_PROMPTS:
         np.testing.assert_array_equal(stored[prompt], made[prompt])
     # Again, and from weights that have them.
@@ -446,15 +446,16 @@ def test_weights_without_text_leave_captions_alone(restore, tiny_weights, photo)
     assert picture is not None and "caption" not in err
 
 
-def test_another_encoder_is_refused(text_weights, t5_folder, tmp_path):
-    shutil.copytree(t5_folder, tmp_path / "t5")
-    config = tmp_path / "t5" / "config.json"
-    config.write_text(config.read_text().replace("tiny-t5", "other-t5"))
-    with pytest.raises(ValueError, match=r"t5: is other-t5, but .*text holds embeddings of tiny-t5"):
-        embed_prompts(["a lake"], text_weights, load_config(text_weights), tmp_path / "t5")
+def test_another_encoder_is_refused(bare_weights, t5_folder, tmp_path):
+    shutil.copytree(bare_weights, tmp_path / "weights")
+    write_text(tmp_path / "weights" / TEXT, [("", np.zeros((1, 16), np.float32))], "other-t5")
+    with pytest.raises(ValueError, match=r": is .*, but .*text holds embeddings of other-t5"):
+        embed_prompts(["a lake"], tmp_path / "weights", load_config(bare_weights), t5_folder)
 
 
-def test_a_dry_run_plans_what_the_restoration_does(restore, bare_weights, t5_folder, monkeypatch, tmp_path):
+def test_a_dry_run_plans_what_the_restoration_does(
+    restore, bare_weights, embedded, t5_folder, monkeypatch, tmp_path
+):
     plans, make_plan = [], restorer.make_plan
 
     def recorded(*arguments, branches, text_tokens, **options):
@@ -464,7 +465,7 @@ def test_a_dry_run_plans_what_the_restoration_does(restore, bare_weights, t5_fol
     monkeypatch.setattr(restorer, "make_plan", recorded)
     zeros = [(prompt, np.zeros((1, 16), np.float32)) for prompt in DEFAULT_PROMPTS]
     shutil.copytree(bare_weights, tmp_path / "weights")
-    write_text(tmp_path / "weights" / TEXT, zeros, "tiny-t5", tokens=200)
+    write_text(tmp_path / "weights" / TEXT, zeros, TextEmbeddings(embedded).encoder, tokens=200)
     long = "a lake and two boats " * 60  # more tokens than are left uncut
     for options, expected in (
         ((), (2, 128)),

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import save_random_weights
 from zipir_jax import prepare, sample, train
 from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT, ObjectiveConfig
-from zipir_jax.data.text import TextEmbeddings
+from zipir_jax.data.text import TextEmbeddings, write_text
 from zipir_jax.imageio import read_image_uint8
 from zipir_jax.text_encoder import TextEncoder
 
@@ -49,12 +49,20 @@ def test_from_captions_to_a_picture_that_follows_its_prompt(
         f"from zipir_jax.config import *\n\ndef config():\n    return {config!r}\n"
     )
     options = "--data.sources", folder, "--data.text", text, "--data.low-quality-probability", 0.3
+    options = *options, "--data.text-tokens", 100
     run(train.main, "--config", tmp_path / "config.py", *options)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["loss"]) for line in lines)
 
     weights = tmp_path / "weights"
+    made_up = [(prompt, np.zeros((1, 16))) for prompt in ("", POSITIVE_PROMPT, NEGATIVE_PROMPT)]
+    write_text(tmp_path / "other", made_up, "other-t5")
+    options = "--weights", output, "--text", tmp_path / "other", "--output", weights
+    status, _, err = call(prepare.main, "export", *options)
+    assert status == 2 and "holds TextEmbeddings(other-t5, 16 channels), but" in err
+    assert f"was trained with {TextEmbeddings(text)!r}\n" in err
     run(prepare.main, "export", "--weights", output, "--text", text, "--output", weights)
+    assert TextEmbeddings(weights / "text").tokens == 100  # where longer prompts are to be cut
     loaded, load = [], TextEncoder.load
     monkeypatch.setattr(
         TextEncoder, "load", lambda *arguments: (loaded.append(arguments), load(*arguments))[1]

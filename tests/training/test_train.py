@@ -30,7 +30,7 @@ from zipir_jax.training import loop, losses
 from zipir_jax.training.cache import cache_latents
 from zipir_jax.training.checkpoint import encoder_digest
 from zipir_jax.training.export import run_weights
-from zipir_jax.training.loop import PREVIEW_IMAGES, check, statistics_images, train
+from zipir_jax.training.loop import PREVIEW_IMAGES, check, load_pretrained, statistics_images, train
 from zipir_jax.training.stages import STAGES
 from zipir_jax.training.state import create_state, train_step
 from zipir_jax.weights import abstract_weights, load_weights
@@ -507,6 +507,15 @@ def test_an_lp_vae_serves_any_dit_but_hands_none_on_to_a_new_latent_space(
         [changed("diffusion", logit_normal_mean=0.5), changed("dit", remat="full", compute_dtype="bfloat16")]
     ):
         assert_same(run("dit", f"on{number}", model)[1]["dit"], before)
+    # What a DiT learns to be guided by says what the one that is trained on has learned, not what is handed on.
+    for stage, changes, is_used in (
+        ("dit", {"uniform_share": 0.3, "weak_lq_probability": 0.5, "weak_lq": (0.1, 0.2)}, True),
+        ("pixel_decoder", {"uniform_share": 0.3}, True),
+        ("pixel_decoder", {"weak_lq_probability": 0.5}, False),
+    ):
+        other = make_config(stage, output=str(tmp_path / "unused"), init_from=str(weights))
+        other = dataclasses.replace(other, model=changed("diffusion", **changes))
+        assert ("dit" in load_pretrained(other)) == is_used
     model = changed("diffusion", prediction="eps")
     with pytest.raises(ValueError, match="these weights have another diffusion than the config"):
         run("pixel_decoder", "noise", model, decoder_noise=(0.0, 0.5))
