@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import skimage.data
 
-from tests.conftest import TINY, save_random_weights
+from tests.conftest import TINY, TINY_T5, save_random_weights
 from zipir_jax import prepare, sample
 from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT, SamplingConfig
 from zipir_jax.data.text import TextEmbeddings, write_text
@@ -89,7 +89,7 @@ def test_embed_writes_the_default_prompts_and_each_caption_once(embedded, t5_fol
 
     text = TextEmbeddings(embedded)
     captions = [*DEFAULT_PROMPTS, "a lake", ("two boats " * 40).strip()]
-    assert len(text) == len(captions) and (text.width, text.encoder) == (16, "tiny-t5")
+    assert len(text) == len(captions) and (text.width, text.encoder) == (16, TINY_T5)
     for caption, expected in zip(captions, TextEncoder.load(t5_folder).encode(captions), strict=True):
         assert len(text[caption]) == min(len(expected), 20)
         np.testing.assert_allclose(text[caption], expected[:20], rtol=2**-7, atol=1e-4)
@@ -142,7 +142,7 @@ def test_what_a_killed_embed_leaves_is_not_finished(t5_folder, monkeypatch, tmp_
 
 def test_export_takes_the_default_prompts_along(text_weights, embedded, call, tmp_path):
     stored, made = TextEmbeddings(text_weights / TEXT), TextEmbeddings(embedded)
-    assert len(stored) == 3 and stored.encoder == "tiny-t5"
+    assert len(stored) == 3 and stored.encoder == TINY_T5
     for prompt in DEFAULT_PROMPTS:
         np.testing.assert_array_equal(stored[prompt], made[prompt])
     # Again, and from weights that have them.
@@ -335,8 +335,10 @@ def test_weights_without_text_leave_captions_alone(restore, tiny_weights, photo)
 def test_another_encoder_is_refused(text_weights, t5_folder, tmp_path):
     shutil.copytree(t5_folder, tmp_path / "t5")
     config = tmp_path / "t5" / "config.json"
-    config.write_text(config.read_text().replace("tiny-t5", "other-t5"))
-    with pytest.raises(ValueError, match="t5: is other-t5, the model was trained with tiny-t5"):
+    config.write_text(config.read_text().replace(TINY_T5[-12:], "0123456789ab"))
+    with pytest.raises(
+        ValueError, match=f"t5: is t5-3x16-0123456789ab, the model was trained with {TINY_T5}"
+    ):
         embed_prompts(["a lake"], text_weights, tmp_path / "t5")
 
 
