@@ -71,8 +71,8 @@ def evaluate(
         raise ValueError("--sd-vae restores nothing: it needs --reconstruct")
     if reconstruct and weights == "default" and sd_vae is None:
         raise ValueError(
-            "the default weights were exported without D_f, which --reconstruct decodes with: give --weights with an "
-            "LP-VAE that has it, from a run of its fine stage, or --sd-vae"
+            "the default weights were exported without D_f, which --reconstruct decodes with: give --weights "
+            "RUN/weights of a run that trained it (the fine stage), or --sd-vae alone"
         )
     check_seed(seed)
     paths = find_photographs(hq, photo, limit)
