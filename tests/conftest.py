@@ -197,6 +197,9 @@ def spiece_model():
     return written.getvalue()
 
 
+TINY_T5 = "t5-3x16-4cfc5c61e294"  # `TextEncoder.name` of the tiny T5 of tests/parity, in any dtype
+
+
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory):
     """The tiny T5 of tests/parity with a tokenizer, as `prepare import-t5` writes it, float32."""
@@ -217,5 +220,5 @@ def sd_vae_folder(tmp_path_factory):
     config, tensors, _ = foreign_model("sd_vae")
     folder = tmp_path_factory.mktemp("sd_vae")
     hub = write_foreign_model(folder / "hub", "sd_vae", config, tensors)
-    import_weights("sd_vae", hub, "tiny-sd-vae", read_config("sd_vae", hub, "float32"), folder / "ours")
+    import_weights("sd_vae", hub, "tiny-sd-vae", read_config("sd_vae", hub), folder / "ours")
     return folder / "ours"

@@ -1,5 +1,6 @@
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from zipir_jax.data.degrade import apply_task
 from zipir_jax.data.preview import GAP, LABEL_HEIGHT
 from zipir_jax.imageio import read_image, resize, to_float, to_uint8, write_image
 from zipir_jax.metrics.photographs import read_original
+from zipir_jax.models import sd_vae
 from zipir_jax.models.lp_vae import decode, encode
 from zipir_jax.restorer import Restorer
 from zipir_jax.weights import load_weights
@@ -132,6 +134,25 @@ def test_reconstructs_what_nothing_was_done_to(tiny_weights, sd_vae_folder, tmp_
     assert score == pytest.approx(peak_signal_noise_ratio(original, restored), abs=1e-3)
 
 
+def test_an_sd_vae_reconstructs_alone(sd_vae_folder, tmp_path, call, monkeypatch):
+    write_image(tmp_path / "hq" / "a.png", skimage.data.astronaut()[100:148, 200:264])
+    arguments = ["--hq", tmp_path / "hq", "--reconstruct", "--sd-vae", sd_vae_folder]
+    status, _, err = call(evaluate.main, *arguments, "--output", tmp_path / "results.json")
+    assert status == 0, err
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert list(result["tasks"]["reconstruction"]["means"]) == ["bicubic", "tiny-sd-vae f4c3"]
+    assert (result["weights"], result["sd_vae"]) == (None, str(sd_vae_folder))
+
+    def fail(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(sd_vae, "decode", fail)
+    status, _, err = call(evaluate.main, *arguments)
+    assert status == 2 and err.splitlines()[-1].startswith(
+        "error: 64 x 48 pixels need more memory than there is"
+    )
+
+
 def test_errors_of_reconstruction_are_one_sentence(photographs, tiny_weights, t5_folder, tmp_path, call):
     export = tmp_path / "export"
     assert call(prepare.main, "export", "--weights", tiny_weights, "--output", export)[0] == 0
@@ -144,6 +165,10 @@ def test_errors_of_reconstruction_are_one_sentence(photographs, tiny_weights, t5
         (
             ["--reconstruct", "--weights", export],
             "the weights have no fine_decoder; they hold coarse_encoder",
+        ),
+        (
+            ["--reconstruct"],
+            "the default weights were exported without D_f, which --reconstruct decodes with",
         ),
     ]:
         status, out, err = call(evaluate.main, "--hq", photographs, *arguments)

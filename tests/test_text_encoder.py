@@ -1,3 +1,5 @@
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +10,12 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from tests.conftest import HARBOUR, foreign_model, spiece_model, write_foreign_model
+from tests.conftest import HARBOUR, TINY_T5, foreign_model, spiece_model, write_foreign_model
 from zipir_jax import text_encoder
 from zipir_jax.config import T5Config
 from zipir_jax.models.layers import abstract_params
 from zipir_jax.models.t5 import T5Encoder
-from zipir_jax.text_encoder import TextEncoder, import_encoder
+from zipir_jax.text_encoder import TextEncoder, import_encoder, program
 
 
 @pytest.fixture(name="encoder", scope="module")
@@ -22,12 +24,14 @@ def load_encoder(t5_folder):
 
 
 def test_an_embedding_for_each_token(encoder):
-    assert encoder.name == "tiny-t5" and encoder.width == 16
+    assert encoder.name == TINY_T5 and encoder.width == 16
     tokens = sentencepiece.SentencePieceProcessor(model_proto=spiece_model()).encode(HARBOUR)
     empty, caption = encoder.encode(["", HARBOUR])
     assert empty.shape == (1, 16)  # of the end token, which every caption has
     assert caption.shape == (len(tokens) + 1, 16) and caption.dtype == np.float32
     assert encoder.encode([]) == []
+    half, question = encoder.encode(["a boat \ud83d", "a boat ?"])
+    np.testing.assert_array_equal(half, question)
 
 
 def test_tokens_are_those_of_sentencepiece(encoder):
@@ -55,9 +59,11 @@ def test_few_programs_serve_all_captions(encoder, monkeypatch):
     shapes = []
     monkeypatch.setattr(
         text_encoder,
-        "_run",
-        lambda config, sharding, params, tokens, lengths: (
-            shapes.append(tokens.shape) or np.zeros((*tokens.shape, 16), np.float32)
+        "program",
+        lambda platform: (
+            lambda config, sharding, params, tokens, lengths: (
+                shapes.append(tokens.shape) or np.zeros((*tokens.shape, 16), np.float32)
+            )
         ),
     )
     found = encoder.encode(["boat " * i for i in range(300)])
@@ -74,7 +80,7 @@ def test_the_parameters_are_not_there_a_second_time():
     )
     tokens, lengths = jax.ShapeDtypeStruct((1, 64), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    compiled = text_encoder._run.lower(config, device, params, tokens, lengths).compile()
+    compiled = program("cpu").lower(config, device, params, tokens, lengths).compile()
     used = compiled.memory_analysis()
     assert used.temp_size_in_bytes < 0.5 * used.argument_size_in_bytes
 
@@ -86,7 +92,7 @@ def test_long_captions_are_cut_and_end_as_others_do(encoder):
     assert len(tokens) == 512 and tokens[-1] == 1
 
 
-def test_four_devices_give_what_one_gives(t5_folder):
+def test_several_devices_give_what_one_gives(t5_folder):
     result = subprocess.run(
         [sys.executable, "-m", "tests.sharded_text_encoder", t5_folder],
         cwd=Path(__file__).parents[1],
@@ -112,13 +118,39 @@ def test_a_model_without_a_tokenizer_is_refused_before_anything_is_written(tmp_p
         import_encoder(str(folder), tmp_path / "ours", "float32")
     (folder / "spiece.model").write_bytes((folder / "spiece").read_bytes())
     (folder / "tokenizer_config.json").unlink()  # 100 further tokens without it
-    with pytest.raises(ValueError, match=r"hub: the tokenizer has 1\d\d tokens, the encoder 64"):
+    with pytest.raises(ValueError, match=r"hub: the tokenizer has tokens up to 1\d\d, the encoder up to 63"):
         import_encoder(str(folder), tmp_path / "ours", "float32")
     assert not (tmp_path / "ours").exists()
 
 
-def test_other_folders_are_refused(tiny_weights, tmp_path):
+def test_a_tokenizer_of_another_kind_is_refused(t5_folder, tmp_path):
+    """Whose empty text is not the end token alone, as BERT's and CLIP's."""
+    hub = t5_folder.parent / "hub" / "tiny-t5"
+    shutil.copytree(t5_folder / "tokenizer", tmp_path / "tokenizer")
+    settings = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
+    settings["post_processor"] = None
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(settings))
+    settings = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        ValueError, match=r"the tokenizer makes \[\] of an empty text, T5's the end token \[1\]"
+    ):
+        import_encoder(str(hub), tmp_path / "ours", "float32", tokenizer=str(tmp_path / "tokenizer"))
+    assert not (tmp_path / "ours").exists()
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "tokenizer").symlink_to(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="ours/tokenizer: is a link; choose another output"):
+        import_encoder(str(hub), tmp_path / "ours", "float32")
+
+
+def test_other_folders_are_refused(tiny_weights, t5_folder, tmp_path):
     with pytest.raises(ValueError, match=r"config.json is missing; `prepare import-t5` writes such a folder"):
         TextEncoder.load(tmp_path)
     with pytest.raises(ValueError, match=r"config.json has no t5; `prepare import-t5` writes such a folder"):
         TextEncoder.load(tiny_weights)
+    # The tokenizer first, which is quick: not after minutes of reading tensors.
+    shutil.copyfile(t5_folder / "config.json", tmp_path / "config.json")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="tokenizer: no tokenizer here"):
+        TextEncoder.load(tmp_path)

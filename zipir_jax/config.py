@@ -514,7 +514,6 @@ class SDVAEConfig:
     groups: int = 32  # of channels that a norm looks at together, with all their pixels
     attention: bool = True  # a layer of it at the lowest resolution, in the encoder and in the decoder
     scaling: float = 0.18215  # factor from the posterior's mean to the latent, to about unit variance
-    compute_dtype: str = "float32"
 
     def __post_init__(self):
         for name in ("base_channels", "blocks_per_scale", "latent_channels", "groups"):

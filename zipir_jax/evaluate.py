@@ -2,7 +2,8 @@
 
 Each photograph is degraded and restored by bicubic enlargement, by the pixel-aware decoder D_f* without diffusion, and
 by the model. `--photo astronaut` takes a photograph that comes with scikit-image instead of a folder. With
-`--reconstruct` nothing is degraded: the LP-VAE's reconstruction is scored, and that of an imported `--sd-vae`.
+`--reconstruct` nothing is degraded: the reconstruction by an LP-VAE (`--weights`), an imported `--sd-vae` or both is
+scored.
 """
 
 import dataclasses
@@ -56,8 +57,9 @@ def evaluate(
         limit: use the first photographs of the folder only, this many
         output: JSON file for the numbers of every picture
         pictures: folder for the restored pictures, and for comparisons with bicubic and original
-        reconstruct: encode and decode the photographs as they are, by an LP-VAE that still has its D_f
-        sd_vae: with --reconstruct, a folder that `prepare import-sd-vae` wrote, to compare with
+        reconstruct: encode and decode the photographs as they are, by an LP-VAE that still has its D_f (--weights; the
+            default ones have none)
+        sd_vae: with --reconstruct, a folder that `prepare import-sd-vae` wrote, to compare with, or alone
         sampling: how the latent is sampled
     """
     tasks = [RECONSTRUCTION] if reconstruct else parse_tasks(task)
@@ -67,6 +69,11 @@ def evaluate(
         )
     if sd_vae is not None and not reconstruct:
         raise ValueError("--sd-vae restores nothing: it needs --reconstruct")
+    if reconstruct and weights == "default" and sd_vae is None:
+        raise ValueError(
+            "the default weights were exported without D_f, which --reconstruct decodes with: give --weights "
+            "RUN/weights of a run that trained it (the fine stage), or --sd-vae alone"
+        )
     check_seed(seed)
     paths = find_photographs(hq, photo, limit)
     if output is not None:
@@ -114,7 +121,8 @@ def evaluate(
         report = {
             "command": command,
             "machine": machine(),
-            "weights": weights,
+            "weights": None if reconstruct and weights == "default" else weights,
+            "sd_vae": sd_vae and str(sd_vae),
             "seed": seed,
             "sampling": dataclasses.asdict(sampling),
             "tasks": {},
@@ -147,14 +155,15 @@ def restorations(weights: str, sampling: SamplingConfig, seed: int) -> dict:
 def reconstructions(weights: str, sd_vae: Path | None) -> dict:
     """Methods that encode and decode a picture, by name; raises ValueError for weights that cannot be read.
 
-    The baseline keeps less of it than any of them: as many pixels as the latent of an f8 has.
+    weights: "default", which have no D_f, for none. The baseline keeps less of a picture than any method: as many
+    pixels as the latent of an f8 has.
     """
     from zipir_jax.metrics.reconstruction import lp_vae_method, sd_vae_method
     from zipir_jax.metrics.scoring import BASELINE, bicubic
 
     methods = {BASELINE: lambda picture, size: bicubic(degrade(picture, "sr8", 0, 0), size)}
     methods |= {} if sd_vae is None else dict([sd_vae_method(sd_vae)])
-    return methods | dict([lp_vae_method(weights)])
+    return methods if weights == "default" else methods | dict([lp_vae_method(weights)])
 
 
 def write_pictures(start: Path, shown: dict, original: np.ndarray, scores: dict) -> list[Path]:

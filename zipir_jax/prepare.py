@@ -291,40 +291,60 @@ def latents(config: Path, sources: tuple[str, ...], output: Path, batches: int, 
     print(f"{output}: latents of {count} crops")
 
 
-def import_t5(model: str, output: Path, dtype: Literal["bfloat16", "float32"] = "bfloat16") -> None:
+def import_t5(
+    model: str,
+    output: Path,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    revision: str | None = None,
+    subfolder: str = "",
+    variant: str | None = None,
+    tokenizer: str | None = None,
+) -> None:
     """Bring a T5 v1.1 text encoder into our layout: what makes the embeddings of captions and prompts.
 
     Args:
-        model: of the Hugging Face hub, as google/t5-v1_1-xxl, or a folder in its layout; with safetensors
-        output: folder to write
+        model: of the Hugging Face hub, NAME/REPOSITORY with safetensors, or a folder in its layout
+        output: folder to write; an earlier import there is replaced
         dtype: of the parameters, and what the encoder computes in
+        revision: branch, tag or commit of the hub's model
+        subfolder: of the model that holds the encoder, as text_encoder_2 of a pipeline of diffusers
+        variant: of the files, as fp16 for model.fp16.safetensors
+        tokenizer: of the hub, as google/t5-v1_1-xxl, or a folder; where the model's folder has none
     """
     from zipir_jax.models.layers import abstract_params, count_params
     from zipir_jax.models.t5 import T5Encoder
     from zipir_jax.text_encoder import import_encoder
 
-    config = import_encoder(model, output, dtype)
+    name, config = import_encoder(model, output, dtype, revision, subfolder, variant, tokenizer)
     count = count_params(abstract_params(T5Encoder, config))
-    print(f"{output}: {count:,} parameters, embeddings of {config.width} channels")
+    print(f"{output}: {name}, {count:,} parameters, embeddings of {config.width} channels")
 
 
-def import_sd_vae(model: str, output: Path, dtype: Literal["bfloat16", "float32"] = "float32") -> None:
+def import_sd_vae(
+    model: str,
+    output: Path,
+    revision: str | None = None,
+    subfolder: str = "",
+    variant: str | None = None,
+) -> None:
     """Bring an autoencoder of Stable Diffusion into our layout, to compare reconstructions with (see evaluate).
 
     Args:
         model: of the Hugging Face hub, as stabilityai/sd-vae-ft-mse, or a folder in its layout; with safetensors
-        output: folder to write
-        dtype: of the parameters, and what the networks compute in
+        output: folder to write; an earlier import there is replaced
+        revision: branch, tag or commit of the hub's model
+        subfolder: of the model that holds the autoencoder, as vae of a pipeline of diffusers
+        variant: of the files, as fp16 for diffusion_pytorch_model.fp16.safetensors
     """
     from zipir_jax.models.layers import abstract_params, count_params
     from zipir_jax.models.sd_vae import SDVAE
     from zipir_jax.weights.foreign import find_model, import_weights, read_config
 
-    folder, name = find_model("sd_vae", model)
-    config = read_config("sd_vae", folder, dtype)
-    import_weights("sd_vae", folder, name, config, output)
+    folder, name = find_model("sd_vae", model, revision, subfolder, variant)
+    config = read_config("sd_vae", folder)
+    import_weights("sd_vae", folder, name, config, output, variant=variant)
     count = count_params(abstract_params(SDVAE, config))
-    print(f"{output}: {count:,} parameters, f{config.factor}c{config.latent_channels}")
+    print(f"{output}: {name}, {count:,} parameters, f{config.factor}c{config.latent_channels}")
 
 
 COMMANDS = {

@@ -7,16 +7,14 @@ from tests.conftest import foreign_model
 from zipir_jax.config import SDVAEConfig
 from zipir_jax.models.layers import abstract_params, count_params
 from zipir_jax.models.sd_vae import SDVAE, decode, encode, moments
-from zipir_jax.weights.foreign import load_imported
+from zipir_jax.weights.foreign import imported_config, load_imported
 
 
 @pytest.fixture(name="model", scope="module")
 def load_model(sd_vae_folder):
     """(config, params) of diffusers' tiny AutoencoderKL."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return load_imported(sd_vae_folder, "sd_vae", lambda abstract: jax.tree.map(lambda _: device, abstract))[
-        1:
-    ]
+    _, _, config = imported_config(sd_vae_folder, "sd_vae")
+    return config, load_imported(sd_vae_folder, "sd_vae", config)
 
 
 def nhwc(array):
@@ -50,10 +48,11 @@ def test_the_latent_is_the_scaled_mean(model):
     ("config", "count"),
     [
         (SDVAEConfig(), 83_653_863),  # of stabilityai/sd-vae-ft-mse
-        (SDVAEConfig(groups=1), 83_653_863),
+        # The paper's f32c64: what diffusers' AutoencoderKL of these scales has.
+        (SDVAEConfig(multipliers=(1, 2, 4, 4, 4, 4), latent_channels=64), 141_159_875),
     ],
 )
-def test_the_default_has_the_parameters_of_the_published_one(config, count):
+def test_it_has_the_parameters_of_diffusers(config, count):
     assert count_params(abstract_params(SDVAE, config)) == count
 
 

@@ -13,7 +13,7 @@ from zipir_jax import parallel
 from zipir_jax.config import T5Config
 from zipir_jax.models.layers import abstract_params, bind, count_params
 from zipir_jax.models.t5 import T5Encoder, distance_buckets
-from zipir_jax.weights.foreign import load_imported
+from zipir_jax.weights.foreign import imported_config, load_imported
 
 TINY = T5Config(layers=2, width=32, heads=2, head_width=16, hidden=48, vocabulary=50, compute_dtype="float32")
 
@@ -32,7 +32,8 @@ def encode(config, params, tokens, lengths):
 
 def test_it_agrees_with_transformers(t5_folder):
     """Texts of 300, 1 and 37 tokens in one batch; 300 is beyond the distance from which all share a bucket."""
-    _, config, params = load_imported(t5_folder, "t5", single_device)
+    _, _, config = imported_config(t5_folder, "t5")
+    params = load_imported(t5_folder, "t5", config)
     _, _, expected = foreign_model("t5")
     found = encode(config, params, expected["tokens"], expected["lengths"])
     is_token = np.arange(found.shape[1]) < expected["lengths"][:, None]
@@ -42,19 +43,14 @@ def test_it_agrees_with_transformers(t5_folder):
     assert (found[~is_token] == 0).all()
 
 
-def single_device(abstract):
-    return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
-
-
 def test_buckets_of_distances_are_those_that_t5_was_trained_with():
     _, _, expected = foreign_model("t5")
     farthest = len(expected["buckets"]) // 2
     buckets = distance_buckets(farthest + 1, 32, 128)
     np.testing.assert_array_equal(buckets[0], expected["buckets"][farthest:])  # keys after the query
     np.testing.assert_array_equal(buckets[-1], expected["buckets"][: farthest + 1])
-    assert set(buckets.flat) == set(range(32)) - {
-        16
-    }  # 16 is of distance 0 after the query, which there is not
+    # 16 would be of distance 0 after the query, which there is not.
+    assert set(buckets.flat) == set(range(32)) - {16}
 
 
 def test_padding_has_no_influence(random_params):

@@ -5,7 +5,8 @@ The stored file was made with torch 2.13.0+cpu, diffusers 0.42.1 and numpy 2.4.6
 
 It holds "config" (the hub's config.json, as text), "weights/NAME" for each tensor of the model's state dict, image
 [2, 3, 40, 24], mean and log_variance [2, 3, 10, 6] of its latent, latent (random, of that shape) and decoded, the image
-of it: what the decoder makes of latent / scaling_factor.
+of it: what the decoder makes of latent / scaling_factor. And "six_scales", as text: {"config": of an AutoencoderKL with
+six scales, "tensors": {name: shape}}.
 """
 
 import json
@@ -40,9 +41,26 @@ def main() -> None:
         posterior = model.encode(torch.from_numpy(image)).latent_dist
         latent = rng.standard_normal(posterior.mean.shape).astype(np.float32)
         decoded = model.decode(torch.from_numpy(latent) / model.config.scaling_factor).sample
+    with torch.device("meta"):
+        six_scales = diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 6,
+            up_block_types=("UpDecoderBlock2D",) * 6,
+            block_out_channels=(4, 8, 16, 16, 16, 16),
+            layers_per_block=1,
+            latent_channels=6,
+            norm_num_groups=4,
+        )
     arrays = {
         "versions": np.array([f"{m.__name__} {m.__version__}" for m in (torch, diffusers, np)]),
         "config": np.array(json.dumps(dict(model.config) | {"_class_name": "AutoencoderKL"})),
+        "six_scales": np.array(
+            json.dumps(
+                {
+                    "config": dict(six_scales.config) | {"_class_name": "AutoencoderKL"},
+                    "tensors": {name: tensor.shape for name, tensor in six_scales.state_dict().items()},
+                }
+            )
+        ),
         "image": image,
         "mean": posterior.mean.numpy(),
         "log_variance": posterior.logvar.numpy(),

@@ -11,7 +11,7 @@ from zipir_jax.imageio import to_float, to_uint8
 from zipir_jax.metrics.scoring import Method
 from zipir_jax.models import lp_vae, sd_vae
 from zipir_jax.weights import load_weights
-from zipir_jax.weights.foreign import load_imported
+from zipir_jax.weights.foreign import imported_config, load_imported
 
 LP_VAE_GROUPS = ("statistics", "coarse_encoder", "fine_encoder", "fine_decoder")
 
@@ -33,10 +33,8 @@ def lp_vae_method(weights: Path | str) -> tuple[str, Method]:
 
 def sd_vae_method(folder: Path) -> tuple[str, Method]:
     """(name, method) of a folder that `prepare import-sd-vae` wrote; raises ValueError if it cannot be read."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    name, config, params = load_imported(
-        folder, "sd_vae", lambda abstract: jax.tree.map(lambda _: device, abstract)
-    )
+    name, _, config = imported_config(folder, "sd_vae")
+    params = load_imported(folder, "sd_vae", config)
 
     def reconstruct(params, image):
         return sd_vae.decode(params, config, sd_vae.encode(params, config, image))
@@ -50,6 +48,15 @@ def _method(reconstruct: Callable, params: dict, factor: int) -> Method:
     def method(picture, size):
         padding = [(0, -side % factor) for side in size]
         image = np.pad(to_float(picture), [*padding, (0, 0)], "symmetric")
-        return to_uint8(np.asarray(run(params, image[None]))[0, : size[0], : size[1]])
+        try:
+            return to_uint8(np.asarray(run(params, image[None]))[0, : size[0], : size[1]])
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            # jax has one class for all that fails on a device; its text begins with the kind.
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise ValueError(
+                f"{size[1]} x {size[0]} pixels need more memory than there is: an autoencoder reconstructs a picture "
+                "whole; choose smaller pictures"
+            ) from error
 
     return method

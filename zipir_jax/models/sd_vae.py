@@ -1,8 +1,10 @@
 """Autoencoder of Stable Diffusion (Rombach et al. 2022), the paper's baseline, as in diffusers' AutoencoderKL.
 
 Residual blocks with group norm, one layer of attention at the lowest resolution. Both look at the whole image, so that
-it cannot run in tiles: the larger the image, the more memory it needs.
+it cannot run in tiles: the larger the image, the more memory it needs. In float32.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from zipir_jax.config import SDVAEConfig
+from zipir_jax.models import layers
 from zipir_jax.models.attention import attention
-from zipir_jax.models.layers import bind, conv
+from zipir_jax.models.layers import bind
 
 EPSILON = 1e-6  # of the norms
+
+conv = functools.partial(layers.conv, dtype=jnp.float32)
 
 
 def _norm(channels, config, rngs):
@@ -23,7 +28,6 @@ def _norm(channels, config, rngs):
         num_groups=config.groups,
         epsilon=EPSILON,
         use_fast_variance=False,
-        dtype=config.compute_dtype,
         rngs=rngs,
     )
 
@@ -32,13 +36,12 @@ class ResidualBlock(nnx.Module):
     """Two 3x3 convolutions, each after group norm and Swish, added to the input."""
 
     def __init__(self, in_channels, out_channels, config: SDVAEConfig, rngs: nnx.Rngs):
-        dtype = config.compute_dtype
         self.norm1 = _norm(in_channels, config, rngs)
-        self.conv1 = conv(in_channels, out_channels, rngs, dtype=dtype)
+        self.conv1 = conv(in_channels, out_channels, rngs)
         self.norm2 = _norm(out_channels, config, rngs)
-        self.conv2 = conv(out_channels, out_channels, rngs, dtype=dtype)
+        self.conv2 = conv(out_channels, out_channels, rngs)
         same = in_channels == out_channels
-        self.skip = None if same else conv(in_channels, out_channels, rngs, dtype=dtype, kernel=1)
+        self.skip = None if same else conv(in_channels, out_channels, rngs, kernel=1)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
         h = self.conv1(nnx.swish(self.norm1(x)))
@@ -52,7 +55,7 @@ class Attention(nnx.Module):
     def __init__(self, channels: int, config: SDVAEConfig, rngs: nnx.Rngs):
         self.norm = _norm(channels, config, rngs)
         self.query, self.key, self.value, self.out = (
-            nnx.Linear(channels, channels, dtype=config.compute_dtype, rngs=rngs) for _ in range(4)
+            nnx.Linear(channels, channels, rngs=rngs) for _ in range(4)
         )
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -79,9 +82,8 @@ class Encoder(nnx.Module):
     """Image to mean and log variance of the posterior."""
 
     def __init__(self, config: SDVAEConfig, rngs: nnx.Rngs):
-        dtype = config.compute_dtype
         widths = [config.base_channels * m for m in config.multipliers]
-        self.stem = conv(3, widths[0], rngs, dtype=dtype)
+        self.stem = conv(3, widths[0], rngs)
         blocks, previous = [], widths[0]
         for width in widths:
             for _ in range(config.blocks_per_scale):
@@ -91,17 +93,12 @@ class Encoder(nnx.Module):
         self.blocks_per_scale = config.blocks_per_scale
         # Padded below and to the right alone, as it was trained: the latent lies half a pixel of it off.
         self.downs = nnx.List(
-            [
-                nnx.Conv(w, w, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=dtype, rngs=rngs)
-                for w in widths[:-1]
-            ]
+            [nnx.Conv(w, w, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs) for w in widths[:-1]]
         )
         self.middle = Middle(previous, config, rngs)
         self.norm = _norm(previous, config, rngs)
-        self.head = conv(previous, 2 * config.latent_channels, rngs, dtype=dtype)
-        self.posterior = conv(
-            2 * config.latent_channels, 2 * config.latent_channels, rngs, dtype=dtype, kernel=1
-        )
+        self.head = conv(previous, 2 * config.latent_channels, rngs)
+        self.posterior = conv(2 * config.latent_channels, 2 * config.latent_channels, rngs, kernel=1)
 
     def __call__(
         self, image: Float[Array, "b h w 3"]
@@ -119,10 +116,9 @@ class Decoder(nnx.Module):
     """Posterior's sample to image; a block more at each scale than `Encoder`."""
 
     def __init__(self, config: SDVAEConfig, rngs: nnx.Rngs):
-        dtype = config.compute_dtype
         widths = [config.base_channels * m for m in reversed(config.multipliers)]
-        self.entry = conv(config.latent_channels, config.latent_channels, rngs, dtype=dtype, kernel=1)
-        self.stem = conv(config.latent_channels, widths[0], rngs, dtype=dtype)
+        self.entry = conv(config.latent_channels, config.latent_channels, rngs, kernel=1)
+        self.stem = conv(config.latent_channels, widths[0], rngs)
         self.middle = Middle(widths[0], config, rngs)
         blocks, previous = [], widths[0]
         for width in widths:
@@ -131,9 +127,9 @@ class Decoder(nnx.Module):
                 previous = width
         self.blocks = nnx.List(blocks)
         self.blocks_per_scale = config.blocks_per_scale + 1
-        self.ups = nnx.List([conv(w, w, rngs, dtype=dtype) for w in widths[:-1]])
+        self.ups = nnx.List([conv(w, w, rngs) for w in widths[:-1]])
         self.norm = _norm(previous, config, rngs)
-        self.head = conv(previous, 3, rngs, dtype=dtype)
+        self.head = conv(previous, 3, rngs)
 
     def __call__(self, latent: Float[Array, "b h w c"]) -> Float32[Array, "b h2 w2 3"]:
         h = self.middle(self.stem(self.entry(latent)))

@@ -3,11 +3,12 @@
 A table says for each of our parameters which of their tensors it is made of. Everything is looked at before anything is
 written, and then copied tensor by tensor: the weights need not fit into memory.
 
-A folder of ours holds `config.json`, {"name": of what was imported, "t5" or "sd_vae": its config}, and
-`model.safetensors`, where a tensor's name is its path, as in weights/__init__.py.
+A folder of ours holds `config.json`, {"name": of what was imported, "digest": of its parameters, "t5" or "sd_vae": its
+config}, and `model.safetensors`, where a tensor's name is its path, as in weights/__init__.py.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,14 +28,14 @@ from zipir_jax.models.sd_vae import SDVAE
 from zipir_jax.models.t5 import EPSILON, T5Encoder
 
 FILE = "model.safetensors"
+DTYPES = "F32", "F16", "BF16"  # of their tensors, as safetensors names them
 
 
 class Source(NamedTuple):
     """Their tensor that one of our parameters is made of."""
 
-    names: tuple[
-        str, ...
-    ]  # the first that is there counts; {} stands for the number of the layer in a stack of them
+    # The first that is there counts; {} stands for the number of the layer in a stack of them.
+    names: tuple[str, ...]
     axes: tuple[int, ...] = ()  # the order that our parameter has their axes in; () = theirs
 
 
@@ -112,7 +113,7 @@ def sd_vae_table(config: SDVAEConfig) -> dict[str, Source]:
     return table
 
 
-def t5_config(theirs: dict, compute_dtype: str) -> T5Config:
+def t5_config(theirs: dict) -> T5Config:
     """From the hub's config.json; raises ValueError for another model than T5 v1.1."""
     if theirs.get("model_type") != "t5":
         raise ValueError(f"model_type is {theirs.get('model_type')!r}, not 't5'")
@@ -130,11 +131,10 @@ def t5_config(theirs: dict, compute_dtype: str) -> T5Config:
         vocabulary=theirs["vocab_size"],
         buckets=theirs["relative_attention_num_buckets"],
         max_distance=theirs.get("relative_attention_max_distance", 128),
-        compute_dtype=compute_dtype,
     )
 
 
-def sd_vae_config(theirs: dict, compute_dtype: str) -> SDVAEConfig:
+def sd_vae_config(theirs: dict) -> SDVAEConfig:
     """From the hub's config.json; raises ValueError for another model than AutoencoderKL, or other parts in it."""
     if theirs.get("_class_name") != "AutoencoderKL":
         raise ValueError(f"_class_name is {theirs.get('_class_name')!r}, not 'AutoencoderKL'")
@@ -165,7 +165,6 @@ def sd_vae_config(theirs: dict, compute_dtype: str) -> SDVAEConfig:
         groups=theirs.get("norm_num_groups", 32),
         attention=theirs.get("mid_block_add_attention", True),
         scaling=theirs.get("scaling_factor", SDVAEConfig.scaling),  # older files do not say it
-        compute_dtype=compute_dtype,
     )
 
 
@@ -174,10 +173,9 @@ class Kind(NamedTuple):
 
     config_class: type
     module_class: type
-    read_config: Callable  # from the hub's config.json and a compute dtype
+    read_config: Callable  # from the hub's config.json
     table: Callable  # from the config: parameter -> Source
     stem: str  # of the names of their files of tensors
-    other_files: tuple[str, ...] = ()  # beside config.json
     ignored: tuple[str, ...] = ()  # what the names of tensors begin with that are not needed
 
 
@@ -188,14 +186,6 @@ KINDS = {
         t5_config,
         lambda config: T5_TABLE,
         "model",
-        # The first two are enough, either of them; the others, where they are there, add to it.
-        (
-            "spiece.model",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "special_tokens_map.json",
-            "added_tokens.json",
-        ),
         ("decoder.", "lm_head."),  # of a T5ForConditionalGeneration
     ),
     "sd_vae": Kind(SDVAEConfig, SDVAE, sd_vae_config, sd_vae_table, "diffusion_pytorch_model"),
@@ -207,30 +197,78 @@ KINDS = {
 # --------------------------------------------------------------------------------------------------
 
 
-def find_model(kind: str, model: str) -> tuple[Path, str]:
-    """(folder, name) of a model: of the folder that `model` names, or else of the hub's model, downloaded.
+def model_files(kind: str, variant: str | None = None) -> tuple[str, ...]:
+    """Names in the hub's layout: all tensors in one file, the index of several, and two patterns of these.
 
+    variant: of the tensors, as fp16, which the names then tell.
+    """
+    stem, dotted = KINDS[kind].stem, f".{variant}" if variant else ""
+    return (
+        f"{stem}{dotted}.safetensors",
+        f"{stem}.safetensors.index{dotted}.json",
+        f"{stem}{dotted}-?????-of-?????.safetensors",
+        f"{stem}-?????-of-?????{dotted}.safetensors",  # as older versions of diffusers wrote them
+    )
+
+
+def find_folder(model: str, files: tuple[str, ...], revision: str | None = None, subfolder: str = "") -> Path:
+    """The folder that `model` names or, of a model of the hub, one into which `files` were downloaded.
+
+    files: names or patterns. revision: of the hub's model, a branch, a tag or a commit. subfolder: of either.
     Raises ValueError where there is neither.
     """
-    if Path(model).is_dir():
-        return Path(model), Path(model).resolve().name
-    from huggingface_hub import snapshot_download  # not needed to read what was imported
+    path = Path(model)
+    if path.is_file():
+        raise ValueError(f"{model}: is a file; give the folder that holds it, with its config.json")
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"{model}: is a folder, which has no revision {revision!r}")
+        return path / subfolder
+    import huggingface_hub  # not needed to read what was imported
 
-    stem = KINDS[kind].stem
-    files = (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors")
-    patterns = ["config.json", *files, *KINDS[kind].other_files]
+    patterns = [f"{subfolder}/{name}" if subfolder else name for name in files]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns)), model
-    except (OSError, ValueError, RuntimeError) as error:  # no connection, no such name, or no name at all
-        reason = str(error).strip().partition("\n")[0]
+        found = huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
+    except (
+        Exception
+    ) as error:  # no connection, no such name, or no name at all: four libraries raise what they like
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{model}: no such folder, and no such model from the hub ({reason})") from None
+    return Path(found) / subfolder
 
 
-def read_config(kind: str, folder: Path, compute_dtype: str) -> T5Config | SDVAEConfig:
+def find_model(
+    kind: str,
+    model: str,
+    revision: str | None = None,
+    subfolder: str = "",
+    variant: str | None = None,
+    other_files: tuple[str, ...] = (),
+) -> tuple[Path, str]:
+    """(folder in the hub's layout, name) of a model; arguments and ValueError as of `find_folder`.
+
+    other_files: to download beside its config and tensors.
+    """
+    files = model_files(kind, variant)
+    folder = find_folder(model, ("config.json", *files, *other_files), revision, subfolder)
+    if Path(model).is_dir():
+        return folder, Path(model).resolve().name
+    if not any((folder / name).is_file() for name in files[:2]):
+        import huggingface_hub
+
+        try:
+            listed = huggingface_hub.list_repo_files(model, revision=revision)
+        except Exception:  # as in `find_folder`: then the message is without them
+            listed = []
+        raise no_tensors(model, files, [name for name in listed if name.endswith(".safetensors")])
+    return folder, model
+
+
+def read_config(kind: str, folder: Path) -> T5Config | SDVAEConfig:
     """Our config of a folder in the hub's layout; raises ValueError, with the file in it, for another model."""
     path = folder / "config.json"
     try:
-        return KINDS[kind].read_config(json.loads(path.read_text()), compute_dtype)
+        return KINDS[kind].read_config(json.loads(path.read_text()))
     except KeyError as error:
         raise ValueError(f"{path}: lacks {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
@@ -239,17 +277,47 @@ def read_config(kind: str, folder: Path, compute_dtype: str) -> T5Config | SDVAE
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def import_weights(kind: str, folder: Path, name: str, config: T5Config | SDVAEConfig, output: Path) -> None:
-    """Write the weights of a folder in the hub's layout into `output`, in the dtype that the config computes in.
+def check_output(kind: str, output: Path) -> None:
+    """Raises ValueError where an import would replace anything but an earlier one of the same kind, or a link."""
+    config, tensors = output / "config.json", output / FILE
+    for path in (config, tensors):
+        if path.is_symlink():
+            raise ValueError(f"{path}: is a link; choose another output")
+    there = [path.name for path in (config, tensors) if path.exists()]
+    try:
+        is_earlier = kind in json.loads(config.read_text())
+    except (ValueError, TypeError, OSError):
+        is_earlier = False
+    if there and not is_earlier:
+        raise ValueError(
+            f"{output}: holds {' and '.join(there)} of something else than an imported {kind}; choose another output"
+        )
 
-    name: of the model. Raises ValueError with every tensor that is missing, unknown or of a wrong shape.
+
+def import_weights(
+    kind: str,
+    folder: Path,
+    name: str,
+    config: T5Config | SDVAEConfig,
+    output: Path,
+    dtype: str = "float32",
+    variant: str | None = None,
+    write_first: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the weights of a folder in the hub's layout into `output`.
+
+    name: of the model. dtype: "float32" or "bfloat16". write_first: called before anything else is written, after all
+    has been looked at. An earlier import in `output` is given up first; config.json comes last, so that what is there
+    belongs together or is not read.
+
+    Raises ValueError with every tensor that is missing, unknown, or of a wrong shape or dtype, with the first whose
+    values are not finite, and as `check_output`.
     """
-    if output.exists() and output.samefile(folder):
-        raise ValueError(f"{output}: holds what is to be imported; choose another output")
-    of_kind, dtype = KINDS[kind], config.compute_dtype
+    check_output(kind, output)
+    of_kind = KINDS[kind]
     ours = flatten_dict(abstract_params(of_kind.module_class, config), sep=".")
     table = of_kind.table(config)
-    tensors = open_tensors(folder, of_kind.stem)
+    tensors = open_tensors(folder, model_files(kind, variant))
     sources, expected, known = {}, {}, set()
     for path, abstract in ours.items():
         names, axes = table[path]
@@ -259,36 +327,50 @@ def import_weights(kind: str, folder: Path, name: str, config: T5Config | SDVAEC
         shape = abstract.shape[is_stacked:]
         expected |= dict.fromkeys(sources[path], tuple(shape[i] for i in np.argsort(axes)) if axes else shape)
         known |= {n for names in layers for n in names}  # a tensor may be there under two names
-    found = {
-        name: tuple(tensor.get_shape())
-        for name, tensor in tensors.items()
-        if name in expected or not (name in known or name.startswith(of_kind.ignored))
+    needless = {n for n in tensors if n not in expected and (n in known or n.startswith(of_kind.ignored))}
+    # A linear layer may be stored as a convolution of 1 x 1.
+    stored = {
+        n: (*shape, 1, 1) if len(shape) == 2 and n in tensors and len(tensors[n].get_shape()) == 4 else shape
+        for n, shape in expected.items()
     }
-    check_tensors(str(folder), found, expected)
+    check_tensors(str(folder), {n: tensors[n] for n in tensors if n not in needless}, stored)
+    digest = hashlib.sha256()
 
     def read(path):
         for theirs in sources[path]:
-            tensor, axes = tensors[theirs][:], table[path].axes
-            yield (tensor.transpose(axes) if axes else tensor).astype(dtype)
+            tensor, axes = tensors[theirs][:].reshape(expected[theirs]), table[path].axes
+            values = np.ascontiguousarray((tensor.transpose(axes) if axes else tensor).astype(dtype))
+            if not np.isfinite(values).all():
+                raise ValueError(f"{folder}: {theirs} holds values that are not finite")
+            digest.update(values.astype("bfloat16", copy=False).view(np.uint8))
+            yield values
 
+    for earlier in (FILE, "config.json"):  # in this order: tensors without a config would be something else's
+        (output / earlier).unlink(missing_ok=True)
+    write_first()
     write_safetensors(output / FILE, ours, dtype, read)
     with replacing(output / "config.json") as file:
-        saved = {"name": name, kind: dataclasses.asdict(config)}
+        saved = {"name": name, "digest": digest.hexdigest(), kind: dataclasses.asdict(config)}
         file.write((json.dumps(saved, indent=2) + "\n").encode())
 
 
-def open_tensors(folder: Path, stem: str) -> dict:
+def no_tensors(where: Path | str, names: tuple[str, ...], others: list[str]) -> ValueError:
+    """The error of a model without tensors of these names, as of `model_files`, but with other files of tensors."""
+    found = f"; it holds {', '.join(sorted(others))} (--variant and --subfolder choose)" if others else ""
+    return ValueError(
+        f"{where}: holds neither {names[0]} nor {names[1]}{found}; pickled weights (.bin, .pt, .ckpt) are programs and "
+        "are not read"
+    )
+
+
+def open_tensors(folder: Path, names: tuple[str, ...]) -> dict:
     """Their tensors by name, not yet read: of one file, or of those that an index names.
 
-    Raises ValueError, with the file in it, for those that are missing or damaged.
+    names: as of `model_files`. Raises ValueError, with the file in it, for those that are missing or damaged.
     """
-    index = folder / f"{stem}.safetensors.index.json"
-    single = folder / f"{stem}.safetensors"
+    single, index = (folder / name for name in names[:2])
     if not index.is_file() and not single.is_file():
-        raise ValueError(
-            f"{folder}: holds neither {single.name} nor {index.name}; pickled weights (.bin, .pt, .ckpt) are programs "
-            "and are not read"
-        )
+        raise no_tensors(folder, names, [path.name for path in folder.glob("*.safetensors")])
     try:
         files = [single]
         if index.is_file():
@@ -307,16 +389,23 @@ def open_tensors(folder: Path, stem: str) -> dict:
     return tensors
 
 
-def check_tensors(name: str, found: dict[str, tuple], expected: dict[str, tuple]) -> None:
-    """Raises ValueError with all tensors whose shapes, by name, are not as expected: missing, unknown or different."""
+def check_tensors(name: str, tensors: dict, expected: dict[str, tuple]) -> None:
+    """Raises ValueError with all tensors, as `open_tensors` gives them, that are not as expected.
+
+    expected: {name: shape}. They are missing, unknown, or of another shape or of a dtype that is not read.
+    """
     problems = []
-    for tensor in sorted(found.keys() | expected.keys()):
-        if tensor not in found:
+    for tensor in sorted(tensors.keys() | expected.keys()):
+        if tensor not in tensors:
             problems.append(f"{tensor} of shape {expected[tensor]} is missing")
-        elif tensor not in expected:
-            problems.append(f"{tensor} of shape {found[tensor]} is unknown")
-        elif found[tensor] != expected[tensor]:
-            problems.append(f"{tensor} has shape {found[tensor]}, not {expected[tensor]}")
+            continue
+        shape, dtype = tuple(tensors[tensor].get_shape()), tensors[tensor].get_dtype()
+        if tensor not in expected:
+            problems.append(f"{tensor} of shape {shape} is unknown")
+        elif shape != expected[tensor]:
+            problems.append(f"{tensor} has shape {shape}, not {expected[tensor]}")
+        elif dtype not in DTYPES:
+            problems.append(f"{tensor} has dtype {dtype}, not one of {', '.join(DTYPES)}")
     if problems:
         raise ValueError(f"{name}: {'; '.join(problems)}")
 
@@ -351,11 +440,11 @@ def write_safetensors(
 # --------------------------------------------------------------------------------------------------
 
 
-def load_imported(folder: Path, kind: str, shardings: Callable) -> tuple[str, T5Config | SDVAEConfig, dict]:
-    """(name of what was imported, config, parameters) of a folder that `import_weights` wrote.
+def imported_config(folder: Path, kind: str) -> tuple[str, str, T5Config | SDVAEConfig]:
+    """(name of what was imported, digest of its parameters, config) of a folder that `import_weights` wrote.
 
-    shardings: from the abstract parameters to a tree of shardings; every device reads its part alone. Raises
-    ValueError, with the folder in it, for files that are missing or of another kind, or tensors of another config.
+    The digest is sha256, in hexadecimal, of all parameters rounded to bfloat16: the same for an import in float32 and
+    in bfloat16. Raises ValueError, with the folder in it, for files that are missing or of another kind.
     """
     folder = Path(folder)
     command = f"`prepare import-{kind.replace('_', '-')}` writes such a folder"
@@ -364,21 +453,34 @@ def load_imported(folder: Path, kind: str, shardings: Callable) -> tuple[str, T5
             raise ValueError(f"{folder}: {path.name} is missing; {command}")
     try:
         saved = json.loads((folder / "config.json").read_text())
-        if not isinstance(saved, dict) or kind not in saved:
-            raise ValueError(f"config.json has no {kind}; {command}")
+        for key, value_type in ((kind, dict), ("name", str), ("digest", str)):
+            if not isinstance(saved, dict) or not isinstance(saved.get(key), value_type):
+                raise ValueError(f"config.json has no {key}; {command}")
         options = dacite.Config(cast=[tuple], strict=True)
         config = dacite.from_dict(KINDS[kind].config_class, saved[kind], options)
-    except (ValueError, TypeError, AttributeError, dacite.DaciteError, OSError) as error:
+    except (ValueError, TypeError, dacite.DaciteError, OSError) as error:
         raise ValueError(f"{folder}: the weights cannot be read ({error})") from None
-    tensors = open_tensors(folder, "model")
+    return saved["name"], saved["digest"], config
+
+
+def load_imported(
+    folder: Path, kind: str, config: T5Config | SDVAEConfig, shardings: Callable | None = None
+) -> dict:
+    """Parameters of a folder that `import_weights` wrote, of the config that `imported_config` gives.
+
+    shardings: from the abstract parameters to a tree of shardings; every device reads its part alone. None: all on
+    one device. Raises ValueError, with the folder in it, for tensors of another config or that cannot be read.
+    """
+    tensors = open_tensors(Path(folder), (FILE, f"{FILE}.index.json"))
     expected = abstract_params(KINDS[kind].module_class, config)
     shapes = {name: leaf.shape for name, leaf in flatten_dict(expected, sep=".").items()}
-    check_tensors(str(folder), {name: tuple(part.get_shape()) for name, part in tensors.items()}, shapes)
-    of_devices = flatten_dict(shardings(expected), sep=".")
+    check_tensors(str(folder), tensors, shapes)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    of_devices = flatten_dict(shardings(expected), sep=".") if shardings else dict.fromkeys(shapes, device)
     params = {
         name: jax.make_array_from_callback(
             shape, of_devices[name], lambda index, tensor=tensors[name]: tensor[index]
         )
         for name, shape in shapes.items()
     }
-    return saved["name"], config, unflatten_dict(params, sep=".")
+    return unflatten_dict(params, sep=".")
