@@ -5,9 +5,11 @@ What a phase needs is estimated by formulas whose factors were measured against 
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -109,6 +111,18 @@ def available_memory() -> int:
     except (OSError, ValueError, KeyError):  # not on Linux, not in a container, or one without a limit
         pass
     return int(CPU_SHARE * free)
+
+
+@contextlib.contextmanager
+def refusing(sentence: str) -> Iterator[None]:
+    """Raises ValueError with the sentence where what runs within needs more memory than there is."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        # jax has one class for all that fails on a device; its text begins with the kind.
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(sentence) from error
 
 
 def device_share(limit: int, in_use: int) -> int:

@@ -28,7 +28,7 @@ from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind
 from zipir_jax.models.lp_vae import FACTOR, encode, unwhiten, whiten
 from zipir_jax.models.pixel_decoder import pixel_decode
-from zipir_jax.planner import MARGIN, TEXT_BLOCK, Plan, available_memory, make_plan, padded_size
+from zipir_jax.planner import MARGIN, TEXT_BLOCK, Plan, available_memory, make_plan, padded_size, refusing
 from zipir_jax.weights import load_text, load_weights
 
 NEEDED = ("statistics", "coarse_encoder", "fine_encoder", "dit", "pixel_decoder")
@@ -160,7 +160,11 @@ class Restorer:
             negative_text=negative_text,
             memory=memory,
         )
-        try:
+        too_large = (
+            f"{width} x {height} pixels need more memory than there is; choose a smaller scale or size, or "
+            "give less memory to plan with, for smaller tiles"
+        )
+        with refusing(too_large):
             restored = np.empty((len(batch), height, width, 3), batch.dtype)
             for start in range(0, len(batch), plan.pictures):
                 # The last part is filled up with its last picture: parts of another size would be other programs.
@@ -180,14 +184,6 @@ class Restorer:
                 pictures = pictures[: len(batch) - start]
                 restored[start : start + len(pictures)] = to_uint8(pictures) if is_bytes else pictures
             return restored[0] if image.ndim == 3 else restored
-        except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            # jax has one class for all that fails on a device; its text begins with the kind.
-            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise ValueError(
-                f"{width} x {height} pixels need more memory than there is; choose a smaller scale or size, or "
-                "give less memory to plan with, for smaller tiles"
-            ) from error
 
     @functools.cached_property
     def memory(self) -> int:

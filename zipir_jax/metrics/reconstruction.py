@@ -10,6 +10,7 @@ import numpy as np
 from zipir_jax.imageio import to_float, to_uint8
 from zipir_jax.metrics.scoring import Method
 from zipir_jax.models import lp_vae, sd_vae
+from zipir_jax.planner import refusing
 from zipir_jax.weights import load_weights
 from zipir_jax.weights.foreign import imported_config, load_imported
 
@@ -48,15 +49,11 @@ def _method(reconstruct: Callable, params: dict, factor: int) -> Method:
     def method(picture, size):
         padding = [(0, -side % factor) for side in size]
         image = np.pad(to_float(picture), [*padding, (0, 0)], "symmetric")
-        try:
+        too_large = (
+            f"{size[1]} x {size[0]} pixels need more memory than there is: an autoencoder reconstructs a picture "
+            "whole; choose smaller pictures"
+        )
+        with refusing(too_large):
             return to_uint8(np.asarray(run(params, image[None]))[0, : size[0], : size[1]])
-        except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            # jax has one class for all that fails on a device; its text begins with the kind.
-            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise ValueError(
-                f"{size[1]} x {size[0]} pixels need more memory than there is: an autoencoder reconstructs a picture "
-                "whole; choose smaller pictures"
-            ) from error
 
     return method
