@@ -7,7 +7,6 @@ scored.
 """
 
 import dataclasses
-import functools
 import json
 import shlex
 import sys
@@ -139,17 +138,13 @@ def evaluate(
 
 def restorations(weights: str, sampling: SamplingConfig, seed: int) -> dict:
     """Methods that restore an LQ picture, by name; raises ValueError for weights or sampling that do not do."""
-    from zipir_jax.metrics.scoring import BASELINE, UNDIFFUSED, bicubic, describe_sampling
+    from zipir_jax.metrics.restoration import restoration_methods
+    from zipir_jax.metrics.scoring import describe_sampling
     from zipir_jax.restorer import Restorer, check_sampling
 
     restorer = Restorer.load(weights)
     check_sampling(restorer.config, sampling, restorer.negative_text is not None)
-    restore = functools.partial(restorer.restore, sampling=sampling, seed=seed)
-    return {
-        BASELINE: bicubic,
-        UNDIFFUSED: lambda lq, size: restore(lq, size=size, denoise=False),
-        f"zipir_jax, {describe_sampling(sampling)}": lambda lq, size: restore(lq, size=size),
-    }
+    return restoration_methods(restorer, {f"zipir_jax, {describe_sampling(sampling)}": sampling}, seed)
 
 
 def reconstructions(weights: str, sd_vae: Path | None) -> dict:

@@ -1,6 +1,5 @@
 """Samplers, numbers of steps and fidelities against each other: what each makes of photographs, and in how long."""
 
-import functools
 import itertools
 import json
 import statistics
@@ -13,17 +12,8 @@ from tqdm import tqdm
 from zipir_jax.command_line import machine
 from zipir_jax.config import TASKS, SamplingConfig
 from zipir_jax.metrics.photographs import CROP_MULTIPLE, degrade, read_original
-from zipir_jax.metrics.scoring import (
-    BASELINE,
-    UNDIFFUSED,
-    Method,
-    Reference,
-    bicubic,
-    describe,
-    run_methods,
-    summarise,
-    table,
-)
+from zipir_jax.metrics.restoration import restoration_methods
+from zipir_jax.metrics.scoring import Reference, describe, run_methods, summarise, table
 from zipir_jax.restorer import Restorer
 
 NOTE = (
@@ -91,14 +81,7 @@ def restorations(
     named: as of `samplings`; the baselines come before them. size: (height, width) in pixels. Numbers: those of
     `scoring.Reference.score`, and seconds, None where the size was a method's first in this process.
     """
-    restore = functools.partial(restorer.restore, seed=seed)
-    methods: dict[str, Method] = {
-        BASELINE: bicubic,
-        UNDIFFUSED: lambda lq, size: restore(lq, size=size, denoise=False),
-    }
-    for name, sampling in named.items():
-        methods[name] = lambda lq, size, sampling=sampling: restore(lq, size=size, sampling=sampling)
-    warm = set()
+    methods, warm = restoration_methods(restorer, named, seed), set()
     with tqdm(
         total=len(paths) * len(tasks), initial=done * len(tasks), unit="picture", dynamic_ncols=True
     ) as bar:
