@@ -836,6 +836,7 @@ class TrainConfig:
 
 SAMPLERS = ("ddim", "dpm-solver++", "unipc")
 SPACINGS = ("trailing", "linspace", "leading")
+COLOUR_CORRECTIONS = ("none", "lab", "wavelet", "adain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -880,3 +881,42 @@ class SamplingConfig:
         if self.weak_lq is not None:
             _check_probability("weak_lq", self.weak_lq)
         _check_probability("fidelity", self.fidelity)
+
+
+@dataclasses.dataclass(frozen=True)
+class RestorationConfig:
+    """How a photograph is restored."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    # Brings the colours back to the photograph's: none, lab, wavelet or adain, see colour.py.
+    colour_correction: str = "none"
+
+    def __post_init__(self):
+        _check_one_of("colour_correction", self.colour_correction, COLOUR_CORRECTIONS)
+
+
+PRESETS: dict[str, RestorationConfig] = {
+    "fast": RestorationConfig(SamplingConfig(steps=4)),
+    "paper": RestorationConfig(),
+    # What the photograph does show stays as it is: its low frequencies in every step, its colours in the result.
+    "faithful": RestorationConfig(SamplingConfig(steps=8, fidelity=1.0), "wavelet"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetConfig:
+    """Size of the result; one of these at most. With none of them it is 4 times as high and wide as the photograph."""
+
+    scale: float | None = None  # output side / input side, any positive number
+    size: str | None = None  # pixels, WIDTHxHEIGHT
+    short_side: int | None = None  # pixels; the other side follows
+    long_side: int | None = None  # pixels; the other side follows
+    megapixels: float | None = None  # million pixels in all; both sides follow
+
+    def __post_init__(self):
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say how large the result is; give one of them.")
+        for name, value in given.items():
+            if name != "size":
+                _check_positive(name, value)
