@@ -64,9 +64,8 @@ each_kind = pytest.mark.parametrize("stage", ["coarse", "dit"])  # of network
 
 
 @each_kind
-@pytest.mark.parametrize("devices", [2, 4])
-def test_the_loss_does_not_depend_on_the_number_of_devices(curve, stage, devices):
-    np.testing.assert_allclose(curve(stage, devices), curve(stage, 1), rtol=1e-4)
+def test_the_loss_does_not_depend_on_the_number_of_devices(curve, stage):
+    np.testing.assert_allclose(curve(stage, 4), curve(stage, 1), rtol=1e-4)
 
 
 @each_kind
