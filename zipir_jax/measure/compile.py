@@ -80,9 +80,9 @@ def sampling_program(
     available = device_share(memory, _bytes(weights))
     platform = mesh.devices.flat[0].platform
     plan = make_plan(config, side, side, available=available, branches=2, platform=platform)
-    function, static, arrays = sampling_programs(config, SamplingConfig(), plan, branches=2)[program]
-    arrays = placed(arrays)
     with jax.set_mesh(mesh):  # it says for which devices
+        function, static, arrays = sampling_programs(config, SamplingConfig(), plan, branches=2)[program]
+        arrays = placed(arrays)
         compiled = function.lower(*static, weights, *arrays).compile()
     phase = "denoise" if program == "read" else program
     return compiled, _bytes((weights, arrays)), _bytes(weights) + plan.needs[phase]
