@@ -40,7 +40,11 @@ def test_the_programs_are_those_of_a_plan(config):
             config, SamplingConfig(steps=2), plan, branches
         ).items()
     }
-    assert shapes["encode"].shape == shapes["denoise"].shape == (1, plan.height // 32, plan.width // 32, 64)
+    read, carry = shapes["read"]
+    assert read["conditions"].keys() == ({"both"} if branches == 2 else {"alone"})
+    stepped, latent = shapes["denoise"]
+    assert jax.tree.map(lambda x: x.shape, stepped) == jax.tree.map(lambda x: x.shape, carry)
+    assert shapes["encode"].shape == latent.shape == (1, plan.height // 32, plan.width // 32, 64)
     assert shapes["decode"].shape == (1, plan.height, plan.width, 3)
 
 
@@ -48,4 +52,8 @@ def test_tiles_take_less_of_what_is_compiled():
     whole = make_plan(TINY, 1000, 1000, available=2**32)
     tiled = make_plan(TINY, 1000, 1000, available=max(whole.needs.values()) // 2)
     assert whole.decode is None and tiled.decode is not None
-    assert compiled_bytes(TINY, tiled, 1)["decode"] < 0.8 * compiled_bytes(TINY, whole, 1)["decode"]
+    of_tiles, of_whole = (
+        compiled_bytes(TINY, sampling_programs(TINY, SamplingConfig(), plan, 1)) for plan in (tiled, whole)
+    )
+    assert of_tiles["decode"] < 0.8 * of_whole["decode"]
+    assert of_tiles["denoise"] == of_whole["denoise"]
