@@ -13,6 +13,7 @@ Three pictures are in memory at most: one is read ahead while another is restore
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
@@ -117,7 +118,7 @@ def find_photographs(folder: Path, output: Path) -> tuple[list[Path], int, list[
     def complain(error):
         unreadable.append(f"{error.filename}: cannot be read ({error.strerror})")
 
-    for root, folders, files in os.walk(folder, complain, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=complain, followlinks=True):
         targets = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(folders)}
         folders[:] = [
             name
@@ -233,12 +234,11 @@ class Run:
         )
 
     def texts(self, job: Job) -> dict:
-        """What `Restorer.restore` takes as {"text", "negative_text"}."""
-        names = ("text", "negative_text")
-        words = self.prompts[job.source]
-        return (
-            {} if words is None else {name: self.embeddings[w] for name, w in zip(names, words, strict=True)}
-        )
+        """What `Restorer.restore` takes as {"text", "negative_text"}; {} for weights without text."""
+        words = self.prompts[job.source] or ()
+        if not all(prompt in self.embeddings for prompt in words):
+            raise ValueError("its result was there when the run began and is gone; run again")
+        return dict(zip(("text", "negative_text"), map(self.embeddings.get, words), strict=False))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -287,7 +287,7 @@ def restore_all(
             reason = reason.removeprefix(f"{job.source}: ").replace(f"{output}: ", f"{output.name}: ")
             failed.append({"input": job.name, "output": output.name, "reason": reason})
             complain(f"{job.source}: {reason}")
-        report(job.name, counts.total(), "")
+        report(job.name, counts.total() + len(writing), "")
 
     def settle_written():
         """Wait for what is being written."""
@@ -303,6 +303,15 @@ def restore_all(
             else:
                 settle(job, index, "restored")
 
+    def arrived():
+        """The picture that was read ahead; nobody is told late of one that was written while it is waited for."""
+        if writing:
+            futures = (ahead, writing[0][2])
+            concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
+            if not ahead.done():
+                settle_written()
+        return ahead.result()
+
     def restore(taken, index):
         """float32 pixels, and the seconds of each phase."""
         began, seconds = {}, {}
@@ -314,7 +323,7 @@ def restore_all(
             began.setdefault(phase, now)
             seconds[phase] = now - began[phase]
             share = (PHASES.index(phase) + done) / len(PHASES)
-            report(taken.job.name, counts.total() + share, phase)
+            report(taken.job.name, counts.total() + len(writing) + share, phase)
 
         restored = run.restorer.restore(
             taken.photograph.pixels,
@@ -336,7 +345,7 @@ def restore_all(
         queue = take_all(run, jobs, before, lambda: over.is_set() or stopped)
         ahead = reader.submit(next, queue, None)
         try:
-            while (taken := ahead.result()) is not None:
+            while (taken := arrived()) is not None:
                 ahead = reader.submit(next, queue, None)
                 try:
                     for index, (kind, reason) in taken.settled.items():
@@ -493,17 +502,18 @@ def _claim(locks, job):
         except FileNotFoundError:  # another process was through, and removed the folder
             continue
         except OSError as error:
+            if error.errno == errno.ESTALE:  # so NFS tells of a file that has lost its name
+                continue
             raise ValueError(f"{locks}: files cannot be locked here ({error.strerror})") from None
         return lock
 
 
 def _release(taken):
-    """Give a claim up. The lock's file goes where all is made: nobody will claim it again."""
+    """Give a claim up, and its file with it: FileLock takes no lock on a file that has lost its name meanwhile."""
     if taken is None or taken.lock is None:
         return
     path = Path(taken.lock.lock_file)
-    if all(os.path.exists(output) for output in taken.job.outputs):
-        path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     taken.lock.release()
     with contextlib.suppress(OSError):  # where there are others
         path.parent.rmdir()
