@@ -130,7 +130,7 @@ def outputs(*arguments, **options):
 
 def test_the_tree_is_mirrored(tmp_path):
     source, output = tmp_path / "in", tmp_path / "out"
-    names = ["a.jpg", "a.png", "b.tif", "x/a.jpg", "x/y.z/B.JPG", "notes.txt", "x/a.json"]
+    names = ["a.jpg", "a.png", "b.tif", "x/a.jpg", "x/y.z/B.JPG", "z.png", "notes.txt", "x/a.json"]
     hidden = [".DS_Store", "._b.tif", ".b.tif.0123abcd", ".cache/c.png", "x/.hidden.png"]
     touch(*(source / name for name in names + hidden))
     jobs, ignored, _ = folder.plan_jobs(source, output, "webp")
@@ -142,6 +142,7 @@ def test_the_tree_is_mirrored(tmp_path):
         "b.tif": "b.webp",
         "x/a.jpg": "x/a.webp",
         "x/y.z/B.JPG": "x/y.z/B.webp",
+        "z.png": "z.webp",
     }
 
 

@@ -45,9 +45,8 @@ EXISTS = "exists already; use --overwrite to replace it"
 LOCKS = ".zipir_jax"
 SUMMARY = "summary.json"
 LONGEST_NAME = 255  # bytes, of nearly all file systems
-LONGEST_ENDING = (
-    len(".12345678") + len(".json") + 1
-)  # that `files.replacing` and records add to a result's name
+# That records, and the temporary files of `files.replacing`, add to a result's name.
+LONGEST_ENDING = len(".") + len(".json") + len(".12345678")
 POLL = 0.5  # seconds between looks at pictures that other processes hold
 
 
@@ -152,11 +151,10 @@ def _mirrored(sources, input, output, file_format):
         for source, name in zip(paths, distinct_names(paths), strict=True):
             outputs[source] = output / folder.relative_to(input) / f"{name}{_suffix(source, file_format)}"
     folders = {parent for path in outputs.values() for parent in path.parents}
-    # Beside a.jpg there may be a folder a.png.
-    return [
-        path.with_name(f"{source.name}{path.suffix}") if path in folders else path
-        for source, path in outputs.items()
-    ]
+    for source, path in outputs.items():
+        if path in folders:  # beside a.jpg is a folder a.png
+            outputs[source] = path.with_name(f"{source.name}{path.suffix}")
+    return [outputs[source] for source in sources]
 
 
 def _suffix(source, file_format):
