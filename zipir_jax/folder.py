@@ -272,10 +272,16 @@ def restore_all(
     from zipir_jax.restorer import PHASES
 
     counts = Counter()
-    failed = []
+    failed, reached = [], 0
     before = {path: _state(path) for job in jobs for path in job.outputs}
     over = threading.Event()
     start = time.monotonic()
+
+    def tell(name, done, phase):
+        """A picture that waits to be written is done already: it does not count less when another is settled."""
+        nonlocal reached
+        reached = max(reached, done)
+        report(name, reached, phase)
 
     def settle(job, index, kind, reason=""):
         counts[kind] += 1
@@ -285,7 +291,7 @@ def restore_all(
             reason = reason.removeprefix(f"{job.source}: ").replace(f"{output}: ", f"{output.name}: ")
             failed.append({"input": job.name, "output": output.name, "reason": reason})
             complain(f"{job.source}: {reason}")
-        report(job.name, counts.total() + len(writing), "")
+        tell(job.name, counts.total(), "")
 
     def settle_written():
         """Wait for what is being written."""
@@ -321,7 +327,7 @@ def restore_all(
             began.setdefault(phase, now)
             seconds[phase] = now - began[phase]
             share = (PHASES.index(phase) + done) / len(PHASES)
-            report(taken.job.name, counts.total() + len(writing) + share, phase)
+            tell(taken.job.name, counts.total() + len(writing) + share, phase)
 
         restored = run.restorer.restore(
             taken.photograph.pixels,
@@ -370,6 +376,9 @@ def restore_all(
             over.set()
             with contextlib.suppress(Exception):
                 _release(ahead.result())
+    if run.locks is not None:
+        with contextlib.suppress(OSError):  # where others hold some
+            run.locks.rmdir()
     seconds = time.monotonic() - start
     return {
         "restored": counts["restored"],
@@ -497,10 +506,9 @@ def _claim(locks, job):
             lock.acquire(blocking=False)
         except Timeout:
             return None
-        except FileNotFoundError:  # another process was through, and removed the folder
-            continue
         except OSError as error:
-            if error.errno == errno.ESTALE:  # so NFS tells of a file that has lost its name
+            # Another process was through and removed the folder, between two system calls; or, on NFS, the file.
+            if error.errno in (errno.ENOENT, errno.EEXIST, errno.ESTALE) and not locks.is_file():
                 continue
             raise ValueError(f"{locks}: files cannot be locked here ({error.strerror})") from None
         return lock
@@ -510,11 +518,8 @@ def _release(taken):
     """Give a claim up, and its file with it: FileLock takes no lock on a file that has lost its name meanwhile."""
     if taken is None or taken.lock is None:
         return
-    path = Path(taken.lock.lock_file)
-    path.unlink(missing_ok=True)
+    Path(taken.lock.lock_file).unlink(missing_ok=True)
     taken.lock.release()
-    with contextlib.suppress(OSError):  # where there are others
-        path.parent.rmdir()
 
 
 def _read(run, job, settled, lock):
