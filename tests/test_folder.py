@@ -16,6 +16,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from tests import folder_of_200
 from zipir_jax import comparison, folder, provenance
 from zipir_jax.config import RestorationConfig, SamplingConfig, TargetConfig
 from zipir_jax.files import DiskFullError
@@ -397,6 +398,16 @@ def test_what_is_no_regular_file_is_named_and_not_waited_for(photographs, restor
         "pipe.png": "not a regular file",
         "xxxxxxxx": "its name is 10 bytes too long for a result and its record",
     }
+
+
+def test_every_broken_file_is_named_and_every_good_one_restored(work, stopped, tmp_path):
+    """tests/folder_of_200.py, smaller, and with a restorer that only enlarges."""
+    good, broken = folder_of_200.write_folder(tmp_path / "in", 90)
+    run, jobs = work(target=TargetConfig(scale=1.0))
+    counts = folder.restore_all(run, jobs, stopped)
+    folder.write_summary(tmp_path / "out", jobs, counts, 0, [])
+    assert folder_of_200.problems_of(counts, good, broken, tmp_path / "out") == []
+    assert counts["restored"] == len(good) and len(broken) >= 40
 
 
 def test_names_that_are_no_text(tmp_path, restore):
