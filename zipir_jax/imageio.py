@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from zipir_jax import icc
 from zipir_jax.files import replacing
+from zipir_jax.metadata import xmp_orientation
 
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # read with the extra `heif`
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"} | HEIF_SUFFIXES
@@ -360,7 +361,7 @@ def _tiff_page(file):
         index, page = picture_page(tiff)
         _check_size(page.imagewidth, page.imagelength)
         _check_size(page.tilewidth, page.tilelength)  # a tile may be larger than its picture
-        yield index, page, page.tags.valueof(274)
+        yield index, page, page.tags.valueof(274) or xmp_orientation(page.tags.valueof(700) or b"")
 
 
 def _is_heif(file):

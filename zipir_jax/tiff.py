@@ -80,6 +80,8 @@ def picture_page(file: tifffile.TiffFile) -> tuple[int, tifffile.TiffPage]:
     """
     indices = range(len(file.pages))  # to count them ends at a page that points back; to iterate does not
     pages = [(index, file.pages[index]) for index in indices if not file.pages[index].subfiletype & REDUCED]
+    if not indices:
+        raise RefusedError("the image is damaged (a TIFF file without a page)")
     if len(pages) > 1:
         raise RefusedError(f"a TIFF file of {len(pages)} pages; one picture is restored at a time")
     if not pages or 50706 in pages[0][1].tags:  # DNGVersion
