@@ -42,6 +42,7 @@ RUN = (
     "zipir_jax.sample",
 )
 PARSED = {
+    "zipir_jax.app": "serves until it is stopped; tests/test_app.py asks it for pictures",
     "zipir_jax.benchmark": "takes minutes; tests/measure runs each command",
     "zipir_jax.prepare export --weights runs/NAME": "needs a run; tests/training/test_train.py exports one",
     "zipir_jax.prepare latents": "needs encoders; tests/training/test_train.py caches some",
@@ -49,15 +50,13 @@ PARSED = {
     "zipir_jax.train": "takes minutes to weeks; tests/training trains every stage",
 }
 OF_OTHERS = {
-    "gcloud": "the Google Cloud CLI",
     "pip": "would change this environment; its extras are looked up",
     "sbatch": "SLURM",
     "scancel": "SLURM",
-    "tensorboard": "serves until it is stopped",
 }
 SMALLER = {"2048x1536": "64x48", "2048x2048": "64x64", "1024x1024": "64x64"}  # so that it takes seconds
 WRITTEN = ("--output", "--pictures", "--plot")  # options whose value a command makes
-OPTIONS_OF_OTHERS = {"--batch", "--nodes", "--shm-size", "--signal"}
+OPTIONS_OF_OTHERS = {"--logdir", "--shm-size"}
 
 
 # --------------------------------------------------------------------------------------------------

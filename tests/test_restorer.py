@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import TINY, random_params
 from zipir_jax.config import SamplingConfig
 from zipir_jax.diffusion.objective import predict_clean
-from zipir_jax.diffusion.samplers import initial_noise, sample
+from zipir_jax.diffusion.samplers import initial_noise, plan_steps, sample
 from zipir_jax.diffusion.schedule import linear_schedule, sampling_timesteps, spaced_timesteps
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind
@@ -114,10 +114,7 @@ def test_every_setting_reaches_the_sampler(prediction, options):
             predict_clean(lambda noisy, t: dit(noisy, t, lq), prediction, schedule),
             keys,
             initial_noise(keys, lq.shape[1:]),
-            schedule,
-            sampling_timesteps(schedule, sampling, 12),
-            sampling.sampler,
-            sampling.eta,
+            plan_steps(schedule, sampling_timesteps(schedule, sampling, 12), sampling.sampler, sampling.eta),
         )
     )()
     np.testing.assert_allclose(found(sampling), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
