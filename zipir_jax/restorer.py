@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Key, UInt8
 
-from zipir_jax.config import ModelConfig, SamplingConfig, check_seed
+from zipir_jax.colour import correct_colour
+from zipir_jax.config import COLOUR_CORRECTIONS, ModelConfig, SamplingConfig, check_seed
 from zipir_jax.diffusion.guidance import classifier_free_guidance, guided_timesteps, restoration_guidance
 from zipir_jax.diffusion.objective import add_noise, predict_clean
 from zipir_jax.diffusion.samplers import initial_noise, sample
@@ -125,27 +126,36 @@ class Restorer:
         scale: float | int | None = None,
         size: tuple[int, int] | None = None,
         sampling: SamplingConfig = SamplingConfig(),
+        colour_correction: str = "none",
         seed: int = 0,
         denoise: bool = True,
         text: Float[np.ndarray, "l c"] | None = None,
         negative_text: Float[np.ndarray, "l2 c"] | None = None,
         memory: int | None = None,
-        progress: Callable[[str], None] = lambda phase: None,
+        progress: Callable[[str, float], None] = lambda phase, done: None,
     ) -> np.ndarray:
         """Restore a photograph, or a batch of photographs of one size. No file is read or written.
 
         image: [h, w, 3] or [b, h, w, 3], uint8, or float32 in [-1, 1]; the result has its dtype. Give `scale`, the
         factor on both sides, or `size`, (height, width) in pixels. Each picture of a batch starts from the noise that
-        it would have alone. denoise=False skips the diffusion and decodes the degraded image's latent as it is.
+        it would have alone. colour_correction: of config.COLOUR_CORRECTIONS, see colour.py. denoise=False skips the
+        diffusion and decodes the degraded image's latent as it is.
         text, negative_text: embeddings for models trained with text; None: those of the default prompts, if the weights
         came with them. memory: bytes that the device may spend beside the weights; None: `self.memory`. What does not
-        fit whole runs in tiles, with the same result, and a batch in parts. `progress` is told each of the PHASES
-        before it starts, for each part anew.
+        fit whole runs in tiles, with the same result, and a batch in parts.
 
-        Raises ValueError for a wrong shape, dtype, scale or size, for text or sampling that does not suit the model,
-        and for a size that needs more memory than there is.
+        progress: called with one of the PHASES and how much of it is done, for all pictures, from 0 to 1: as it starts,
+        after each step of the sampler, as it ends. What it raises ends the restoration before the next but one step,
+        and the Restorer can be used again.
+
+        Raises ValueError for a wrong shape, dtype, scale, size or colour correction, for text or sampling that does not
+        suit the model, and for a size that needs more memory than there is.
         """
         is_bytes = check_image(image)
+        if colour_correction not in COLOUR_CORRECTIONS:
+            raise ValueError(
+                f"colour correction {colour_correction!r} is not one of {', '.join(COLOUR_CORRECTIONS)}"
+            )
         height, width = target_size(image.shape[-3:-1], scale, size)
         batch = image[None] if image.ndim == 3 else image
         texts = self._texts(len(batch), text, negative_text) if denoise else (None, None)
@@ -169,6 +179,11 @@ class Restorer:
             for start in range(0, len(batch), plan.pictures):
                 # The last part is filled up with its last picture: parts of another size would be other programs.
                 part = np.minimum(np.arange(start, start + plan.pictures), len(batch) - 1)
+                count = min(plan.pictures, len(batch) - start)
+
+                def of_batch(phase, done, start=start, count=count):
+                    progress(phase, (start + count * done) / len(batch))
+
                 pictures = [to_float(batch[i]) if is_bytes else batch[i] for i in part]
                 of_part = [text and jax.tree.map(lambda x, part=part: x[part], text) for text in texts]
                 pictures = self._restore_part(
@@ -179,10 +194,10 @@ class Restorer:
                     keys[part],
                     sampling if denoise else None,
                     of_part,
-                    progress,
-                )
-                pictures = pictures[: len(batch) - start]
-                restored[start : start + len(pictures)] = to_uint8(pictures) if is_bytes else pictures
+                    colour_correction,
+                    of_batch,
+                )[:count]
+                restored[start : start + count] = to_uint8(pictures) if is_bytes else pictures
             return restored[0] if image.ndim == 3 else restored
 
     @functools.cached_property
@@ -241,20 +256,29 @@ class Restorer:
             self.negative_text if negative_text is None else negative_text,
         )
 
-    def _restore_part(self, pictures, plan, height, width, keys, sampling, texts, progress):
+    def _restore_part(
+        self, pictures, plan, height, width, keys, sampling, texts, colour_correction, progress
+    ):
         """float32 pictures [b, h, w, 3] of as many as run at once; without sampling their latents are decoded as they
         are."""
-        lq = np.stack([resize(picture, height, width) for picture in pictures])
-        lq = pad_by_reflection(lq, plan.height, plan.width)
-        progress("encode")
+        enlarged = np.stack([resize(picture, height, width) for picture in pictures])
+        lq = pad_by_reflection(enlarged, plan.height, plan.width)
+        progress("encode", 0.0)
         latent = jax.block_until_ready(_encode(self.config, plan.encode, self.weights, lq))
+        progress("encode", 1.0)
         if sampling is not None:
-            progress("denoise")
+            progress("denoise", 0.0)
             latent = _denoise(self.config, sampling, self.weights, latent, keys, *texts)
             jax.block_until_ready(latent)
-        progress("decode")
+            progress("denoise", 1.0)
+        progress("decode", 0.0)
         restored = np.asarray(_decode(self.config, plan.decode, self.weights, latent, lq))
-        return restored[:, MARGIN : MARGIN + height, MARGIN : MARGIN + width]
+        restored = restored[:, MARGIN : MARGIN + height, MARGIN : MARGIN + width]
+        restored = np.stack(
+            [correct_colour(*pair, colour_correction) for pair in zip(restored, enlarged, strict=True)]
+        )
+        progress("decode", 1.0)
+        return restored
 
     def _texts(self, count, text, negative_text):
         """Batched embeddings, padded to one length; raises ValueError where they do not suit the model."""

@@ -96,10 +96,11 @@ def restore_files(
     failures = 0
     with tqdm(total=len(PHASES) * len(jobs), unit="phase", dynamic_ncols=True, disable=dry_run) as bar:
 
-        def progress(phase):
-            """The phases before this one are done."""
-            bar.update(PHASES.index(phase) - bar.n % len(PHASES))
-            bar.set_postfix_str(phase)
+        def progress(phase, done):
+            """Of a phase that begins, the phases before it are done."""
+            if done == 0:
+                bar.update(PHASES.index(phase) - bar.n % len(PHASES))
+                bar.set_postfix_str(phase)
 
         for index, (source, destination) in enumerate(jobs):
             bar.set_description(source.name)

@@ -26,7 +26,8 @@ def test_phases_are_told_apart_and_compiling_from_the_rest(monkeypatch):
 
         def restore(self, *_, progress, **__):
             for phase in ("encode", "denoise", "decode"):
-                progress(phase)
+                for done in (0.0, 0.5, 1.0):
+                    progress(phase, done)
 
     first, others = [0, 100, 101, 102, 103], [0, 1, 3, 7, 15, 0, 2, 3, 4, 9, 0, 3, 9, 49, 99]
     clock = SimpleNamespace(perf_counter=functools.partial(next, iter([*first, *others])))

@@ -97,12 +97,17 @@ def restore_seconds(
 
     def restore():
         marks = []
+
+        def mark(phase, done):
+            if done == 0:
+                marks.append(time.perf_counter())
+
         began = time.perf_counter()
         restorer.restore(
             photograph,
             size=(side, side),
             sampling=SamplingConfig(steps=SETTINGS[setting]["steps"]),
-            progress=lambda phase: marks.append(time.perf_counter()),
+            progress=mark,
             **texts,
         )
         marks.append(time.perf_counter())
