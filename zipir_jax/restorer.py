@@ -18,7 +18,14 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Key, UInt8
 
 from zipir_jax.colour import correct_colour
-from zipir_jax.config import COLOUR_CORRECTIONS, ModelConfig, SamplingConfig, check_seed
+from zipir_jax.config import (
+    COLOUR_CORRECTIONS,
+    ModelConfig,
+    RestorationConfig,
+    SamplingConfig,
+    TargetConfig,
+    check_seed,
+)
 from zipir_jax.diffusion.guidance import classifier_free_guidance, guided_timesteps, restoration_guidance
 from zipir_jax.diffusion.objective import add_noise, predict_clean
 from zipir_jax.diffusion.samplers import initial_noise, sample
@@ -29,6 +36,7 @@ from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind
 from zipir_jax.models.lp_vae import FACTOR, encode, unwhiten, whiten
 from zipir_jax.models.pixel_decoder import pixel_decode
+from zipir_jax.photograph import Photograph
 from zipir_jax.planner import MARGIN, TEXT_BLOCK, Plan, available_memory, make_plan, padded_size, refusing
 from zipir_jax.weights import load_text, load_weights
 
@@ -419,6 +427,62 @@ def target_size(
             f"{target[1]:.0f} x {target[0]:.0f} pixels: a side must lie within 1 to {LARGEST_SIDE}"
         )
     return round(target[0]), round(target[1])
+
+
+def target_pixels(target: TargetConfig, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in pixels of the result for a photograph of a size, (height, width).
+
+    Raises ValueError for a size that is not WIDTHxHEIGHT, and as `target_size`.
+    """
+    height, width = size
+    if target.size is not None:
+        return target_size(size, None, parse_size(target.size))
+    scale = 4.0 if target.scale is None else target.scale
+    if target.short_side is not None:
+        scale = target.short_side / min(size)
+    if target.long_side is not None:
+        scale = target.long_side / max(size)
+    if target.megapixels is not None:
+        scale = math.sqrt(target.megapixels * 1e6 / (height * width))
+    return target_size(size, scale, None)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of "WIDTHxHEIGHT"; raises ValueError for anything else."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"size {text!r} is not WIDTHxHEIGHT, such as 2048x1536")
+    return int(height), int(width)
+
+
+def restore_photograph(
+    restorer: Restorer,
+    photograph: Photograph,
+    target: TargetConfig = TargetConfig(),
+    restoration: RestorationConfig = RestorationConfig(),
+    *,
+    seed: int = 0,
+    text: Float[np.ndarray, "l c"] | None = None,
+    negative_text: Float[np.ndarray, "l2 c"] | None = None,
+    memory: int | None = None,
+    progress: Callable[[str, float], None] = lambda phase, done: None,
+) -> Photograph:
+    """A photograph with restored pixels, and all that its file had beside them; arguments as of `Restorer.restore`.
+
+    Raises ValueError as `target_pixels` and `Restorer.restore`.
+    """
+    restored = restorer.restore(
+        photograph.pixels,
+        size=target_pixels(target, photograph.pixels.shape[:2]),
+        sampling=restoration.sampling,
+        colour_correction=restoration.colour_correction,
+        seed=seed,
+        text=text,
+        negative_text=negative_text,
+        memory=memory,
+        progress=progress,
+    )
+    return photograph.with_pixels(restored)
 
 
 def pad_by_reflection(
