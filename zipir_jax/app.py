@@ -94,7 +94,9 @@ def make_server(restorer, folder: Path, host: str, port: int, largest_file: int,
         pwa=False,
         mcp_server=False,
         # System fonts: gradio's own would come from a font server.
-        theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
+        theme=gr.themes.Default(
+            primary_hue="blue", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
+        ),
         css=CSS,
     )
     names = {"localhost", host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}

@@ -86,7 +86,7 @@ def turn(desk: Desk, waiting: Callable[[int], None]) -> Iterator[None]:
     ticket = object()
     with desk.next_one:
         if len(desk.tickets) > MOST_WAITING:
-            raise ValueError(f"{MOST_WAITING} photographs are waiting already; try again later")
+            raise ValueError(f"{MOST_WAITING} photographs are waiting already; try again later.")
         desk.tickets.append(ticket)
     try:
         while before := desk.tickets.index(ticket):
@@ -105,7 +105,7 @@ def at_work(desk: Desk, session: str) -> Iterator[threading.Event]:
     """The event that cancels what the session does within; ValueError if it does something already."""
     cancel = threading.Event()
     if desk.cancels.setdefault(session, cancel) is not cancel:
-        raise ValueError("this page is restoring already; wait for it, or cancel it")
+        raise ValueError("This page is restoring already; wait for it, or cancel it.")
     try:
         yield cancel
     finally:
@@ -233,12 +233,16 @@ def restore_one(desk, name, data, settings, file_format, folder, cancel, tell):
 # --------------------------------------------------------------------------------------------------
 
 CSS = """
-.compare, .picture { position: relative; width: 100%; overflow: hidden; border-radius: 6px; background: #0002; }
+.block.plain { padding: 0; }
+.compare, .picture { position: relative; overflow: hidden; margin: 0 auto; border-radius: 6px; background: #0002; }
 .compare img, .picture img { display: block; width: 100%; height: 100%; margin: 0; object-fit: fill;
   user-select: none; }
 .compare .before { position: absolute; inset: 0; clip-path: inset(0 calc(100% - var(--at)) 0 0); }
-.compare::after { content: ""; position: absolute; top: 0; bottom: 0; left: var(--at); width: 3px; margin-left: -1.5px;
-  background: #fff; box-shadow: 0 0 4px #000a; pointer-events: none; }
+.compare::before { content: ""; position: absolute; z-index: 1; top: 0; bottom: 0; left: var(--at); width: 2px;
+  margin-left: -1px; background: #fff; box-shadow: 0 0 4px #000a; pointer-events: none; }
+.compare::after { content: "\\2194"; position: absolute; z-index: 1; top: 50%; left: var(--at); width: 36px;
+  height: 36px; margin: -18px; border-radius: 50%; background: #fff; color: #333; box-shadow: 0 0 4px #000a; text-align: center;
+  font: 20px/36px sans-serif; pointer-events: none; }
 .compare span { position: absolute; bottom: 8px; padding: 2px 8px; border-radius: 4px; background: #000a; color: #fff;
   font-size: 13px; pointer-events: none; }
 .compare .left { left: 8px; } .compare .right { right: 8px; }
@@ -247,7 +251,7 @@ CSS = """
 .compare:has(input:focus-visible) { outline: 3px solid var(--color-accent); outline-offset: 2px; }
 .nothing { display: grid; place-items: center; min-height: 320px; border: 2px dashed var(--border-color-primary);
   border-radius: 6px; color: var(--body-text-color-subdued); text-align: center; padding: 1em; }
-.status { min-height: 3.2em; }
+.status { min-height: 3.5em; }
 .status p { margin: 0 0 4px; overflow-wrap: anywhere; }
 .status .error { color: #b91c1c; font-weight: 600; } .dark .status .error { color: #fca5a5; }
 .files { width: 100%; border-collapse: collapse; }
@@ -258,7 +262,7 @@ CSS = """
 
 
 def sentence(text: str, is_error: bool = False) -> str:
-    text = html.escape(text[:1].upper() + text[1:])
+    text = html.escape(text)
     return f'<p class="error" role="alert">{text}</p>' if is_error else f"<p>{text}</p>"
 
 
@@ -308,7 +312,7 @@ def table(rows: list[tuple[str, str, bool]]) -> str:
 def build_page(desk: Desk) -> gr.Blocks:
     """The page, to be mounted; see app.py."""
     with gr.Blocks(title="zipir_jax", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
-        gr.HTML("<h1>Restore photographs</h1>")
+        gr.HTML("<h1>Restore photographs</h1>", elem_classes="plain")
         with gr.Tab("Photograph"):
             photograph_tab(desk)
         with gr.Tab("Folder of photographs"):
@@ -370,7 +374,7 @@ def settings_fields():
     return [size, scale, long_side, megapixels, steps, fidelity, colour, seed], file_format
 
 
-def buttons(desk, start, cancel, restore, inputs, outputs, shown_on):
+def buttons(desk, start, cancel, restore, inputs, outputs, status, downloads):
     """`start` runs `restore`; meanwhile `cancel` can be pressed, and `start` cannot."""
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -378,15 +382,22 @@ def buttons(desk, start, cancel, restore, inputs, outputs, shown_on):
         if request.session_hash in desk.cancels:
             desk.cancels[request.session_hash].set()
 
-    def states(is_running):
-        return lambda: (gr.update(interactive=not is_running), gr.update(interactive=is_running))
+    def begin():
+        return gr.update(interactive=False), gr.update(interactive=True), "", *no_downloads(downloads)
 
-    running = start.click(states(True), None, [start, cancel], **quiet)
+    def end():
+        return gr.update(interactive=True), gr.update(interactive=False)
+
+    running = start.click(begin, None, [start, cancel, status, *downloads], **quiet)
     running = running.then(
-        restore, inputs, outputs, show_progress="full", show_progress_on=shown_on, api_visibility="private"
+        restore, inputs, outputs, show_progress="full", show_progress_on=status, api_visibility="private"
     )
-    running.then(states(False), None, [start, cancel], **quiet)
+    running.then(end, None, [start, cancel], **quiet)
     cancel.click(cancelling, None, None, **quiet)
+
+
+def no_downloads(buttons):
+    return [gr.update(value=None, interactive=False) for _ in buttons]
 
 
 def photograph_tab(desk: Desk) -> None:
@@ -398,8 +409,8 @@ def photograph_tab(desk: Desk) -> None:
                 start = gr.Button("Restore", variant="primary", min_width=100)
                 cancel = gr.Button("Cancel", interactive=False, min_width=100)
         with gr.Column(scale=2, min_width=320):
-            view = gr.HTML(NOTHING)
-            status = gr.HTML(elem_classes="status")
+            view = gr.HTML(NOTHING, elem_classes="plain")
+            status = gr.HTML(elem_classes=["plain", "status"])
             with gr.Row():
                 picture = gr.DownloadButton("Download the photograph", interactive=False)
                 record = gr.DownloadButton("Download its settings", interactive=False)
@@ -407,18 +418,18 @@ def photograph_tab(desk: Desk) -> None:
                 made = gr.Code(language="json", show_label=False, interactive=False)
 
     def look(request: gr.Request, path, *fields_and_format):
-        """The photograph as it was uploaded, and what would become of it."""
-        if path is None:
-            return NOTHING, ""
-        try:
-            data, name = opened(path)
-            text = outlook(name, data, *fields_and_format)
-            photograph = read_photograph(name, data)
-            return preview(
-                desk, request.session_hash, visitor_of(desk, request), "before", before=photograph
-            ), text
-        except (ValueError, OSError) as error:
-            return NOTHING, sentence(str(error), is_error=True)
+        """The photograph as it was uploaded, and what would become of it; what was made of another is gone."""
+        shown, text = NOTHING, look_again(path, *fields_and_format)
+        if path is not None:
+            # Where a setting is what does not fit, the photograph is shown all the same.
+            with contextlib.suppress(ValueError, OSError):
+                data, name = opened(path)
+                check_pixels(desk, "the photograph has", photograph_size(name, data))
+                photograph = read_photograph(name, data)
+                shown = preview(
+                    desk, request.session_hash, visitor_of(desk, request), "before", before=photograph
+                )
+        return shown, text, *no_downloads([picture, record]), ""
 
     def outlook(name, data, *fields_and_format):
         *fields, file_format = fields_and_format
@@ -438,15 +449,10 @@ def photograph_tab(desk: Desk) -> None:
 
     def restore(request: gr.Request, path, progress=gr.Progress(), *fields_and_format):  # noqa: B008
         *fields, file_format = fields_and_format
-        nothing = (
-            gr.update(),
-            gr.update(value=None, interactive=False),
-            gr.update(value=None, interactive=False),
-        )
         session, visitor = request.session_hash, visitor_of(desk, request)
         try:
             if path is None:
-                raise ValueError("drop a photograph first")
+                raise ValueError("Drop a photograph first.")
             data, name = opened(path)
             settings = read_settings(*fields)
             with at_work(desk, session) as cancel:
@@ -471,16 +477,18 @@ def photograph_tab(desk: Desk) -> None:
             told = sentence(f"{written.name}: {width} x {height} pixels.") + "".join(map(sentence, not_kept))
             return shown, told, *(gr.update(value=path, interactive=True) for path in (written, beside)), made
         except CancelledError:
-            return nothing[0], sentence("cancelled."), *nothing[1:], ""
+            return gr.update(), sentence("Cancelled."), *no_downloads([picture, record]), ""
         except (ValueError, OSError) as error:
-            return nothing[0], sentence(str(error), is_error=True), *nothing[1:], ""
+            return gr.update(), sentence(str(error), is_error=True), *no_downloads([picture, record]), ""
 
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     inputs = [file, *fields, file_format]
-    file.change(look, inputs, [view, status], concurrency_limit=2, **quiet)
+    file.change(look, inputs, [view, status, picture, record, made], concurrency_limit=2, **quiet)
     for field in inputs[1:]:
         field.change(look_again, inputs, status, **quiet)
-    buttons(desk, start, cancel, restore, inputs, [view, status, picture, record, made], status)
+    buttons(
+        desk, start, cancel, restore, inputs, [view, status, picture, record, made], status, [picture, record]
+    )
 
 
 def folder_tab(desk: Desk) -> None:
@@ -495,8 +503,8 @@ def folder_tab(desk: Desk) -> None:
                 start = gr.Button("Restore all", variant="primary", min_width=100)
                 cancel = gr.Button("Cancel", interactive=False, min_width=100)
         with gr.Column(scale=2, min_width=320):
-            status = gr.HTML(elem_classes="status")
-            states = gr.HTML()
+            status = gr.HTML(elem_classes=["plain", "status"])
+            states = gr.HTML(table([]), elem_classes="plain")
             archive = gr.DownloadButton("Download all as ZIP", interactive=False)
 
     def restore(request: gr.Request, paths, progress=gr.Progress(), *fields_and_format):  # noqa: B008
@@ -505,7 +513,7 @@ def folder_tab(desk: Desk) -> None:
         session, visitor = request.session_hash, visitor_of(desk, request)
         try:
             if not paths:
-                raise ValueError("drop some photographs first")
+                raise ValueError("Drop some photographs first.")
             if len(paths) > MOST_FILES:
                 raise ValueError(f"{len(paths)} photographs are more than {MOST_FILES}; give them in parts")
             settings = read_settings(*fields)
@@ -555,7 +563,16 @@ def folder_tab(desk: Desk) -> None:
             none = gr.update(value=folder / "restored.zip", interactive=True)
         yield told, table(rows), none
 
-    buttons(desk, start, cancel, restore, [files, *fields, file_format], [status, states, archive], status)
+    buttons(
+        desk,
+        start,
+        cancel,
+        restore,
+        [files, *fields, file_format],
+        [status, states, archive],
+        status,
+        [archive],
+    )
 
 
 def opened(path: str) -> tuple[bytes, str]:
