@@ -67,8 +67,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def make_server(restorer, folder: Path, host: str, port: int, largest_file: int, largest_pixels: int):
-    """A uvicorn server of the page, yet to be run. `folder` holds all files of its visitors; sizes in bytes, pixels."""
+def make_server(
+    restorer, weights, folder: Path, host: str, port: int, largest_file: int, largest_pixels: int
+):
+    """A uvicorn server of the page, yet to be run.
+
+    weights: those of the restorer, by name or folder. folder: of all files of its visitors. largest_file in bytes.
+    """
     # Read as gradio is imported, and as the page is made.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # no word to its makers, and no look for newer versions
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
@@ -78,9 +83,18 @@ def make_server(restorer, folder: Path, host: str, port: int, largest_file: int,
 
     from zipir_jax.guard import Visitors, guarded
     from zipir_jax.page import CSS, Desk, build_page
+    from zipir_jax.weights import load_text, weights_digest, weights_folder
 
+    text = load_text(weights, restorer.config)
     visitors = Visitors(folder, FOLDER_GIB * 2**30)
-    page = build_page(Desk(restorer, visitors, largest_pixels))
+    desk = Desk(
+        restorer,
+        weights={"name": weights_folder(weights).name, "sha256": weights_digest(weights)},
+        prompts=() if text is None else (text.positive, text.negative),
+        visitors=visitors,
+        largest_pixels=largest_pixels,
+    )
+    page = build_page(desk)
     app = gr.mount_gradio_app(
         fastapi.FastAPI(openapi_url=None),
         page,

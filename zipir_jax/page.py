@@ -6,10 +6,12 @@ Files come from browsers as bytes. Their names are shown and become names of dow
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import html
-import json
+import io
 import secrets
 import threading
+import time
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from urllib.parse import quote
 import gradio as gr
 from PIL import Image
 
+from zipir_jax import provenance
 from zipir_jax.config import (
     COLOUR_CORRECTIONS,
     LARGEST_SEED,
@@ -38,6 +41,7 @@ from zipir_jax.photograph import (
     read_photograph,
     write_photograph,
 )
+from zipir_jax.planner import refusing
 from zipir_jax.restorer import PHASES, Restorer, restore_photograph, target_pixels
 
 LARGEST_PREVIEW = 2048  # pixels, the longer side of what a browser shows
@@ -51,6 +55,7 @@ SIZES = {
     "Long side": "long_side",
     "Megapixels": "megapixels",
 }  # as shown: field of TargetConfig
+NO_MEMORY = "The server has not enough memory for this size; choose a smaller one."
 DOING = {"encode": "Reading the photograph", "denoise": "Restoring", "decode": "Drawing the result"}
 # One suffix for each format, the one that most files have.
 FORMATS = {file_format: suffix.removeprefix(".") for suffix, file_format in reversed(OUTPUT_FORMATS.items())}
@@ -65,6 +70,8 @@ class Desk:
     """What all visitors share: the restorer, and who is at it."""
 
     restorer: Restorer
+    weights: dict[str, str]  # {"name", "sha256"}
+    prompts: tuple[str, ...]  # prompt and negative prompt of weights that were trained with text; else ()
     visitors: Visitors
     largest_pixels: int  # of a photograph, and of a result
     # Photographs that wait for the device, in the order in which they came; the first one is being restored.
@@ -198,10 +205,11 @@ def output_name(name: str, target: TargetConfig, result: tuple[int, int], file_f
 def restore_one(desk, name, data, settings, file_format, folder, cancel, tell):
     """Restore a photograph's bytes into a file of the folder.
 
-    tell(sentence, done) is told how far it is. Returns the photograph, the restored one, its path, its record, and
-    what could not be kept. Raises ValueError as a sentence, and CancelledError.
+    tell(sentence, done) is told how far it is. Returns the photograph, the restored one, the path of its file, and its
+    record (provenance.py). Raises ValueError with a sentence, and CancelledError.
     """
     target, restoration, seed = settings
+    seconds, begun = {}, time.monotonic()
 
     def told(sentence, done=0.0):
         if cancel.is_set():
@@ -209,23 +217,47 @@ def restore_one(desk, name, data, settings, file_format, folder, cancel, tell):
         tell(sentence, done)
 
     def progress(phase, done):
+        nonlocal begun
+        if done == 0:
+            begun = time.monotonic()
+        elif done == 1:
+            seconds[phase] = time.monotonic() - begun
         sentence, steps = DOING[phase], restoration.sampling.steps
         if phase == "denoise":
-            sentence += f", step {min(round(done * steps) + 1, steps)} of {steps}"
+            sentence += f", step {min(int(done * steps) + 1, steps)} of {steps}"
         told(sentence, (PHASES.index(phase) + done) / len(PHASES))
 
     _, result = planned_size(desk, name, data, target, restoration, file_format)
-    with turn(desk, lambda before: told(f"Waiting, {before} before you")):
+    with turn(desk, lambda before: told(f"Waiting, {before} before you")), refusing(NO_MEMORY):
         told("Opening the photograph")
         photograph = read_photograph(name, data)
+        seconds["read"] = time.monotonic() - begun
         restored = restore_photograph(
             desk.restorer, photograph, target, restoration, seed=seed, progress=progress
         )
-    told("Writing the file", 1.0)
-    path = folder / output_name(name, target, result, file_format)
-    not_kept = write_photograph(path, restored)
-    record = {"input": name, "steps": restoration.sampling.steps, "seed": seed}
-    return photograph, restored, path, record, not_kept
+    with refusing(NO_MEMORY):
+        told("Writing the file", 1.0)
+        begun = time.monotonic()
+        encoded, path = io.BytesIO(), folder / output_name(name, target, result, file_format)
+        not_kept = write_photograph(encoded, restored, OUTPUT_FORMATS[path.suffix])
+        seconds["write"] = time.monotonic() - begun
+        path.write_bytes(encoded.getbuffer())
+    made_with = provenance.settings(
+        target, restoration, seed, desk.restorer.config.dit.attention, None, *desk.prompts
+    )
+    record = provenance.record(
+        name,
+        hashlib.sha256(data).hexdigest(),
+        photograph,
+        path.name,
+        encoded.getbuffer(),
+        restored,
+        made_with,
+        desk.weights,
+        seconds,
+        not_kept,
+    )
+    return photograph, restored, path, record
 
 
 # --------------------------------------------------------------------------------------------------
@@ -241,8 +273,8 @@ CSS = """
 .compare::before { content: ""; position: absolute; z-index: 1; top: 0; bottom: 0; left: var(--at); width: 2px;
   margin-left: -1px; background: #fff; box-shadow: 0 0 4px #000a; pointer-events: none; }
 .compare::after { content: "\\2194"; position: absolute; z-index: 1; top: 50%; left: var(--at); width: 36px;
-  height: 36px; margin: -18px; border-radius: 50%; background: #fff; color: #333; box-shadow: 0 0 4px #000a; text-align: center;
-  font: 20px/36px sans-serif; pointer-events: none; }
+  height: 36px; margin: -18px; border-radius: 50%; background: #fff; color: #333; box-shadow: 0 0 4px #000a;
+  text-align: center; font: 20px/36px sans-serif; pointer-events: none; }
 .compare span { position: absolute; bottom: 8px; padding: 2px 8px; border-radius: 4px; background: #000a; color: #fff;
   font-size: 13px; pointer-events: none; }
 .compare .left { left: 8px; } .compare .right { right: 8px; }
@@ -457,7 +489,7 @@ def photograph_tab(desk: Desk) -> None:
             settings = read_settings(*fields)
             with at_work(desk, session) as cancel:
                 folder = fresh_folder(desk, session, "result")
-                photograph, restored, written, made, not_kept = restore_one(
+                photograph, restored, written, made = restore_one(
                     desk,
                     name,
                     data,
@@ -468,14 +500,20 @@ def photograph_tab(desk: Desk) -> None:
                     lambda text, done: progress(done, text),
                 )
                 shown = preview(desk, session, visitor, "slider", before=photograph, after=restored)
-            made = json.dumps(made, indent=2, ensure_ascii=False)
-            beside = folder / f"{written.name}.json"
-            beside.write_text(made + "\n", encoding="utf-8")
+            beside = provenance.record_path(written)
+            beside.write_bytes(provenance.as_json(made))
             for path in (written, beside):
                 desk.visitors.own(path, visitor)
             height, width = restored.pixels.shape[:2]
-            told = sentence(f"{written.name}: {width} x {height} pixels.") + "".join(map(sentence, not_kept))
-            return shown, told, *(gr.update(value=path, interactive=True) for path in (written, beside)), made
+            told = sentence(f"{written.name}: {width} x {height} pixels.") + "".join(
+                map(sentence, made["not_kept"])
+            )
+            return (
+                shown,
+                told,
+                *(gr.update(value=path, interactive=True) for path in (written, beside)),
+                beside.read_text(),
+            )
         except CancelledError:
             return gr.update(), sentence("Cancelled."), *no_downloads([picture, record]), ""
         except (ValueError, OSError) as error:
@@ -541,18 +579,17 @@ def folder_tab(desk: Desk) -> None:
 
                 try:
                     data, _ = opened(path)
-                    *_, written, record, not_kept = restore_one(
+                    *_, written, record = restore_one(
                         desk, name, data, settings, file_format, folder, cancel, tell
                     )
                     *_, stored = distinct([*taken, written.name])
                     taken.append(stored)
                     archive.write(written, stored)
-                    archive.writestr(
-                        f"{stored}.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-                    )
+                    record["output"]["name"] = stored
+                    archive.writestr(f"{stored}.json", provenance.as_json(record))
                     written.unlink()
                     kept += 1
-                    rows[index] = (name, " ".join(["restored.", *not_kept]), False)
+                    rows[index] = (name, " ".join(["restored.", *record["not_kept"]]), False)
                 except CancelledError:
                     rows[index] = (name, "cancelled", False)
                 except (ValueError, OSError) as error:
