@@ -54,7 +54,7 @@ OF_OTHERS = {
     "sbatch": "SLURM",
     "scancel": "SLURM",
 }
-SMALLER = {"2048x1536": "64x48", "2048x2048": "64x64", "1024x1024": "64x64"}  # so that it takes seconds
+SMALLER = {"2048": "64"}  # so that it takes seconds
 WRITTEN = ("--output", "--pictures", "--plot")  # options whose value a command makes
 OPTIONS_OF_OTHERS = {"--logdir", "--shm-size"}
 
