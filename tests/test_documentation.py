@@ -206,6 +206,14 @@ def test_commands(command, call, place, monkeypatch):
             assert all(Path(path).exists() for path in made_by_it)
 
 
+@each_document
+def test_commands_within_the_text_are_understood(document, call, monkeypatch):
+    for code in code_of(document):
+        if code.startswith("python -m zipir_jax."):
+            module, *arguments = words_of(code)[2:]
+            only_parse(module, arguments, call, monkeypatch)
+
+
 def only_parse(module, arguments, call, monkeypatch):
     """Give the arguments to an entry point that does nothing when it has understood them."""
     understood = []
@@ -238,7 +246,6 @@ def test_python_programs(program, made, place):
     exec(compile(program, "program", "exec"), {})
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_the_notebook(place):
     notebook = json.loads(NOTEBOOK.read_text())
     assert notebook["nbformat"] == 4
