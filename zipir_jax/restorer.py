@@ -66,7 +66,7 @@ def denoise_latent(
     ValueError for more steps than the shifted schedule has.
     """
     steps, numbers = sampling_numbers(config, sampling, lq_latent.shape)
-    read, start = prepare(weights, config, numbers, lq_latent, keys, text, negative_text)
+    read, start = read_conditions(weights, config, numbers, lq_latent, keys, text, negative_text)
     latent = sample(denoiser(weights, config, numbers, read), keys, start, steps)
     return unwhiten(latent, weights["statistics"])
 
@@ -93,7 +93,7 @@ def sampling_numbers(
     return plan_steps(schedule, timesteps, sampling.sampler, sampling.eta), numbers
 
 
-def prepare(
+def read_conditions(
     weights: dict,
     config: ModelConfig,
     numbers: dict,
@@ -134,7 +134,7 @@ def prepare(
 def denoiser(
     weights: dict, config: ModelConfig, numbers: dict, read: dict
 ) -> Callable[[Array, Array], Array]:
-    """`denoise(noisy, timesteps) -> z_0`, whitened, guided as the numbers say; read: the first of `prepare`."""
+    """`denoise(noisy, timesteps) -> z_0`, whitened, guided as the numbers say; read: the first of `read_conditions`."""
     dit = bind(DiT, config.dit, weights["dit"])
     predicts = {
         name: functools.partial(dit.denoise, condition=read["shared"] | condition)
@@ -386,7 +386,7 @@ def _encode(config, tiling, weights, lq):
 def _denoise(config, sampling, weights, lq_latent, keys, text, negative_text, progress):
     """`denoise_latent` step by step, in programs that serve any number of steps and any strength of what acts."""
     steps, numbers = sampling_numbers(config, sampling, lq_latent.shape)
-    read, carry = _prepare(config, weights, numbers, lq_latent, keys, text, negative_text)
+    read, carry = _read(config, weights, numbers, lq_latent, keys, text, negative_text)
     latent = None
     for index in range(sampling.steps):
         step, before = jax.tree.map(operator.itemgetter(index), steps), latent
@@ -400,8 +400,8 @@ def _denoise(config, sampling, weights, lq_latent, keys, text, negative_text, pr
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _prepare(config, weights, numbers, lq_latent, keys, text, negative_text):
-    read, start = prepare(weights, config, numbers, lq_latent, keys, text, negative_text)
+def _read(config, weights, numbers, lq_latent, keys, text, negative_text):
+    read, start = read_conditions(weights, config, numbers, lq_latent, keys, text, negative_text)
     return read, begin(start)
 
 
