@@ -27,7 +27,8 @@ from zipir_jax.command_line import load_config, parse
 from zipir_jax.imageio import write_image
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CARD = ROOT / "zipir_jax" / "weights" / "default" / "README.md"
+DOCUMENTS = [ROOT / "README.md", ROOT / "launch" / "README.md", CARD, *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOK = ROOT / "docs" / "python_api.ipynb"
 
 # Commands by what they begin with, `python -m` left out; of several beginnings the longest counts.
@@ -56,7 +57,7 @@ OF_OTHERS = {
 }
 SMALLER = {"2048": "64"}  # so that it takes seconds
 WRITTEN = ("--output", "--pictures", "--plot")  # options whose value a command makes
-OPTIONS_OF_OTHERS = {"--logdir", "--shm-size"}
+OPTIONS_OF_OTHERS = {"--data.folder", "--logdir", "--shm-size"}  # the first of earlier versions
 
 
 # --------------------------------------------------------------------------------------------------
