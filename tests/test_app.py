@@ -27,7 +27,7 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-SECONDS = 60  # that a slow machine may take for anything
+SECONDS = int(os.environ.get("APP_SECONDS", 60))  # that a slow machine may take for anything
 LARGEST_FILE, LARGEST_PIXELS = 300_000, 1_000_000
 
 
