@@ -1,7 +1,10 @@
-"""Image files to arrays and back."""
+"""Image files to arrays and back: one decoder, for training and for restoring."""
 
 import contextlib
+import dataclasses
+import functools
 import io
+import logging
 import os
 import struct
 import warnings
@@ -9,26 +12,57 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
+from zipir_jax import icc
 from zipir_jax.files import replacing
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # read with the extra `heif`
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"} | HEIF_SUFFIXES
+# What Pillow may take a file for; of its other formats some run programs (EPS), and none is how photographs are kept.
+PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF")  # MPO is found as JPEG
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+HEIF_SEQUENCES = {b"hevc", b"hevx", b"msf1"}
 OUTPUT_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 LARGEST_SIDE = 16384  # pixels of a result; beyond any size that the model is made for (8K)
 LARGEST_PIXELS = LARGEST_SIDE**2  # of a picture that is read: 268 million, as many as a result can have
 LARGEST_WEBP_SIDE = 16383  # pixels; the format has 14 bits for a side
+SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
 UPRIGHT = {  # what undoes each EXIF orientation; 1 is upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: functools.partial(cv2.flip, flipCode=1),
+    3: functools.partial(cv2.rotate, rotateCode=cv2.ROTATE_180),
+    4: functools.partial(cv2.flip, flipCode=0),
+    5: cv2.transpose,
+    6: functools.partial(cv2.rotate, rotateCode=cv2.ROTATE_90_CLOCKWISE),
+    7: lambda pixels: cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180),
+    8: functools.partial(cv2.rotate, rotateCode=cv2.ROTATE_90_COUNTERCLOCKWISE),
 }
+
+
+class RefusedError(ValueError):
+    """Why a file is not read, as a sentence without its path; never leaves this module's readers."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
+class Decoded:
+    """What an image file holds, upright and in the file's own colours."""
+
+    pixels: (
+        UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]
+    )  # of 8 bits, or in [0, 1]; c is 1 (grey) or 3
+    alpha: UInt8[np.ndarray, "h w"] | Float32[np.ndarray, "h w"] | None
+    file_format: str
+    icc: bytes | None  # a profile that has a way back from sRGB; pixels of others are in sRGB already
+    exif: bytes | None  # without "Exif\0\0" before them
+    xmp: bytes | None
+
+    @property
+    def has_own_colours(self) -> bool:
+        """Whether the pixels are not in sRGB yet."""
+        return self.icc is not None and icc.use_of_profile(self.icc, self.pixels.shape[2]) != "sRGB"
 
 
 def raise_pixel_limit() -> None:
@@ -36,10 +70,13 @@ def raise_pixel_limit() -> None:
 
     Pillow warns above 89 million pixels and refuses twice as many, to guard servers against small files that unpack to
     huge pictures. It leaves the limit to the application; ours is what a result can have. Its warning would only stand
-    before our own refusal of the same picture.
+    before our own refusal of the same picture, and so would what it and tifffile say about damaged tags.
     """
     Image.MAX_IMAGE_PIXELS = LARGEST_PIXELS
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", module="PIL")
+    for library in ("PIL", "tifffile"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def list_images(folder: Path, recursive: bool = False) -> list[Path]:
@@ -71,23 +108,33 @@ def distinct_names(paths: list[Path]) -> list[str]:
 
 
 def read_image(path: str | Path) -> Float32[np.ndarray, "h w 3"]:
-    """An image file as float32 [h, w, 3] in [-1, 1], turned upright as its EXIF orientation says.
+    """An image file as float32 [h, w, 3] in [-1, 1], sRGB, turned upright as its EXIF orientation says.
 
-    Grey and palette images become RGB; alpha is dropped; 16-bit grey keeps its precision. Raises ValueError, with the
-    path in it, for a file that is missing, not readable, empty, truncated, no image, or of more than `LARGEST_PIXELS`
-    pixels, the limit of a process that has called `raise_pixel_limit`.
+    Grey and palette images become RGB; alpha is dropped, and so are colours outside sRGB; more than 8 bits keep their
+    precision. Colours go through the file's ICC profile, if it has one that works; the gAMA and cHRM chunks of PNG and
+    the colour codes of AVIF and HEIC are not looked at. Raises ValueError, with the path in it, for a file that is
+    missing, not readable, empty, truncated, no image, animated, or of more than `LARGEST_PIXELS` pixels, the limit of a
+    process that has called `raise_pixel_limit`.
     """
-    pixels = _decode(path)
-    return to_float(pixels) if pixels.dtype == np.uint8 else pixels * 2 - 1
+    with opened(path) as file:
+        pixels = in_srgb(decode(file))
+        return three_channels(to_float(pixels) if pixels.dtype == np.uint8 else np.clip(pixels, 0, 1) * 2 - 1)
 
 
 def read_image_uint8(path: str | Path, data: bytes | None = None) -> UInt8[np.ndarray, "h w 3"]:
     """`to_uint8(read_image(path))`, without the detour for the files of 8 bits that most are. Raises the same.
 
-    data: the file's bytes where they are at hand; then nothing is read, and `path` is their name in errors.
+    What goes through a profile may differ by a level. data: the file's bytes where they are at hand; then nothing is
+    read, and `path` is their name in errors.
     """
-    pixels = _decode(path, data)
-    return pixels if pixels.dtype == np.uint8 else to_uint8(pixels * 2 - 1)
+    with opened(path, data) as file:
+        picture = decode(file)
+        pixels = picture.pixels
+        if pixels.dtype == np.uint8:
+            pixels = icc.to_srgb_uint8(pixels, picture.icc) if picture.has_own_colours else pixels
+        else:
+            pixels = to_uint8(in_srgb(picture) * 2 - 1)
+        return three_channels(pixels)
 
 
 def upright_size(path: str | Path, data: bytes | None = None) -> tuple[int, int]:
@@ -95,16 +142,274 @@ def upright_size(path: str | Path, data: bytes | None = None) -> tuple[int, int]
 
     Raises ValueError as `read_image`, but sees no damage behind the header.
     """
-    with _opened(path, data) as image:
-        getexif = image.getexif
-        # A PNG file may hold EXIF data behind its pixels, and to find none Pillow decodes them: 100 times the work.
-        if isinstance(image, PngImagePlugin.PngImageFile) and not _has_late_orientation(image.fp):
-            getexif = super(PngImagePlugin.PngImageFile, image).getexif
-        turned = (_orientation(getexif) or 1) >= 5
-        return (image.width, image.height) if turned else (image.height, image.width)
+    with opened(path, data) as file:
+        if _is_heif(file):
+            return _heif_image(file).size[::-1]
+        if _is_tiff(file):
+            with _tiff_page(file) as (_, page, orientation):
+                height, width = page.imagelength, page.imagewidth
+        else:
+            with _pillow_image(file) as image:
+                width, height = image.size
+                getexif = image.getexif
+                # A PNG file may hold EXIF data behind its pixels; to find none Pillow decodes them: 100 times the work.
+                if isinstance(image, PngImagePlugin.PngImageFile) and not _has_late_metadata(file):
+                    getexif = super(PngImagePlugin.PngImageFile, image).getexif
+                orientation = _orientation(getexif) or 1
+        return (width, height) if 5 <= orientation <= 8 else (height, width)
 
 
-def _has_late_orientation(file):
+def in_srgb(picture: Decoded) -> UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]:
+    """A picture's pixels in sRGB: as they are, or out of a profile, in float32 and possibly outside [0, 1]."""
+    return icc.to_srgb(picture.pixels, picture.icc) if picture.has_own_colours else picture.pixels
+
+
+def three_channels(pixels: np.ndarray) -> np.ndarray:
+    """Grey pixels [h, w, 1] as RGB [h, w, 3]; RGB as they are."""
+    return np.repeat(pixels, 3, -1) if pixels.shape[2] == 1 else pixels
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoding
+# --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(path: str | Path, data: bytes | None = None) -> Iterator[io.BufferedIOBase]:
+    """A file, or its bytes, to be read; what fails within becomes a ValueError of one sentence, with the path."""
+    try:
+        if data is None and not Path(path).is_file():  # nor a pipe, which could be waited at for ever
+            raise RefusedError("no such file")
+        with open(path, "rb") if data is None else io.BytesIO(data) as file:
+            if not file.read(1):
+                raise RefusedError("the file is empty")
+            file.seek(0)
+            yield file
+    except RefusedError as error:
+        reason = str(error)
+    except UnidentifiedImageError:
+        with contextlib.suppress(OSError), open(path, "rb") if data is None else io.BytesIO(data) as file:
+            start = file.read(12)
+        is_image = start.startswith(SIGNATURES) or start[4:12] in (b"ftypavif", b"ftypavis")
+        reason = "the image is damaged (at its beginning)" if is_image else "not an image that can be read"
+    except Image.DecompressionBombError as error:
+        reason = f"more than {LARGEST_PIXELS} pixels, the most that is read ({error})"
+    except MemoryError:
+        reason = "the image does not fit into memory"
+    except PermissionError:
+        reason = "cannot be read (no permission)"
+    except OSError as error:  # of the file system where it has a number, else of Pillow
+        reason = f"cannot be read ({error.strerror})" if error.errno else f"the image is damaged ({error})"
+    except Exception as error:  # decoders raise nearly anything where a file's bytes make no sense
+        reason = f"the image is damaged ({error})"
+    else:
+        return
+    raise ValueError(f"{path}: {' '.join(reason.split())}") from None
+
+
+def decode(file: io.BufferedIOBase) -> Decoded:
+    """The picture in a file: what the content says it is, whatever the file is called. To be called within `opened`.
+
+    Of an MPO file, the first picture; of HEIC, the primary one. A profile that is damaged or of other pixels counts as
+    absent; CMYK, and profiles that have no way back, as those of scanners, are converted to sRGB and leave no profile.
+    """
+    orientation, exif = None, None
+    if _is_heif(file):
+        image = _heif_image(file)
+        pixels, alpha = _split_alpha(_heif_samples(image))  # upright already
+        file_format, info = "HEIF", image.info
+    elif _is_tiff(file):
+        from zipir_jax.tiff import decode_samples, exif_of
+
+        with _tiff_page(file) as (index, page, orientation):
+            info = {
+                "icc_profile": page.tags.valueof(34675),
+                "xmp": page.tags.valueof(700),
+                "exif": exif_of(file),
+            }
+            if page.bitspersample > 8:
+                pixels, alpha = decode_samples(page)
+            else:
+                with _pillow_image(file) as image:
+                    image.seek(index)
+                    pixels, alpha = _samples(image)
+                    orientation = _orientation(image.getexif)  # none: Pillow has turned it
+        file_format = "TIFF"
+    else:
+        with _pillow_image(file) as image:
+            pixels, alpha = _samples_of_16_bits(image, file) or _samples(image)
+            file_format, info, orientation = image.format, dict(image.info), _orientation(image.getexif)
+            if (
+                "exif" not in info and "Raw profile type exif" in info
+            ):  # as ImageMagick puts it into PNG files, in text
+                info["exif"] = image.getexif().tobytes()
+    profile, exif, xmp = info.get("icc_profile"), info.get("exif"), info.get("xmp")
+
+    use = icc.use_of_profile(profile, pixels.shape[2]) if profile else None
+    if use == "to sRGB":
+        is_bytes = pixels.dtype == np.uint8
+        pixels = (
+            icc.to_srgb_uint8(pixels, profile) if is_bytes else np.clip(icc.to_srgb(pixels, profile), 0, 1)
+        )
+    if orientation in UPRIGHT:
+        pixels = UPRIGHT[orientation](pixels)
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        alpha = None if alpha is None else UPRIGHT[orientation](alpha)
+    return Decoded(
+        pixels,
+        alpha,
+        file_format,
+        profile if use in ("sRGB", "both ways") else None,
+        exif.removeprefix(b"Exif\0\0") if exif else None,
+        xmp or None,
+    )
+
+
+@contextlib.contextmanager
+def _pillow_image(file) -> Iterator[Image.Image]:
+    """The header of a file, as Pillow reads it, of a picture that may be read."""
+    file.seek(0)
+    with Image.open(file, formats=PILLOW_FORMATS) as image:
+        _check_size(image.width, image.height)
+        # An MPO file holds other views of its first picture, a TIFF file has been looked at.
+        frames = image.n_frames if image.format in ("GIF", "PNG", "WEBP", "AVIF") else 1
+        if frames > 1:
+            raise RefusedError(f"animated, {frames} pictures; only single pictures are read")
+        yield image
+
+
+def _check_size(width, height):
+    if width * height > LARGEST_PIXELS:
+        raise Image.DecompressionBombError(f"{width} x {height} pixels")
+
+
+def _samples(image):
+    """Pixels [h, w, c], grey, RGB or (with a profile that works) CMYK, and alpha, of an image that Pillow decodes."""
+    image.load()
+    if image.mode.startswith("I") or image.mode == "F":
+        pixels = np.nan_to_num(np.asarray(image, np.float32))
+        # Pillow does not say what white is in 32 bits; a 1-bit picture has the mode "1", not these.
+        whites = [1, 255, 65535] if image.mode == "F" else [255, 65535]
+        if image.mode.startswith("I;16"):
+            whites = [65535]
+        white = next((white for white in whites if pixels.max() <= white), pixels.max())
+        return np.clip(pixels / white, 0, 1)[..., None], None
+    if image.has_transparency_data:
+        return _split_alpha(
+            np.asarray(image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA"))
+        )
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))[..., None], None
+    if image.mode == "LAB":
+        lab = np.asarray(image)
+        lightness, a, b = lab[..., 0] / np.float32(2.55), lab[..., 1].view(np.int8), lab[..., 2].view(np.int8)
+        return to_uint8(icc.lab_to_srgb(np.stack([lightness, a, b], -1)) * 2 - 1), None
+    if image.mode == "CMYK" and icc.use_of_profile(image.info.get("icc_profile", b""), 4):
+        return np.asarray(image), None
+    return np.asarray(image.convert("RGB")), None
+
+
+def _samples_of_16_bits(image, file):
+    """What `_samples` returns, of PNG and AVIF files of whose more than 8 bits Pillow keeps 8; None for others."""
+    if image.format == "PNG" and image.tile[0][3] in ("RGB;16B", "LA;16B", "RGBA;16B"):
+        if _has_late_metadata(file):
+            image.load()  # for its EXIF data and XMP
+        white = 65535
+    elif image.format == "AVIF":
+        file.seek(0)
+        start = file.read(2**16)
+        depth = start[start.find(b"av1C") + 6] if b"av1C" in start[:-8] else 0  # AV1-ISOBMFF, section 2.3.3
+        if not depth & 0x40:  # high_bitdepth
+            return None
+        white = 4095 if depth & 0x20 else 1023  # twelve_bit
+    else:
+        return None
+    import imagecodecs
+
+    file.seek(0)
+    data = file.read()
+    samples = imagecodecs.png_decode(data) if image.format == "PNG" else imagecodecs.avif_decode(data)
+    samples = samples[..., None] if samples.ndim == 2 else samples
+    return _split_alpha(np.clip(samples / np.float32(white), 0, 1))
+
+
+def _split_alpha(samples):
+    """Grey or RGB samples and, where there is a channel more, alpha."""
+    samples = samples[..., None] if samples.ndim == 2 else samples
+    if samples.shape[2] in (1, 3):
+        return samples, None
+    return np.ascontiguousarray(samples[..., :-1]), np.ascontiguousarray(samples[..., -1])
+
+
+def _is_tiff(file):
+    file.seek(0)
+    return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+@contextlib.contextmanager
+def _tiff_page(file):
+    """The index and page of the picture in a TIFF file, and its orientation."""
+    import tifffile
+
+    from zipir_jax.tiff import picture_page
+
+    file.seek(0)
+    with tifffile.TiffFile(file) as tiff:
+        index, page = picture_page(tiff)
+        _check_size(page.imagewidth, page.imagelength)
+        _check_size(page.tilewidth, page.tilelength)  # a tile may be larger than its picture
+        yield index, page, page.tags.valueof(274)
+
+
+def _is_heif(file):
+    """Whether a file is HEIF with anything but AVIF in it, by the brands that it starts with."""
+    file.seek(0)
+    start = file.read(256)
+    if start[4:8] != b"ftyp":
+        return False
+    brands = {start[i : i + 4] for i in range(8, min(int.from_bytes(start[:4]), len(start)), 4)}
+    return bool(brands & HEIF_BRANDS) and not brands & {b"avif", b"avis"}
+
+
+def _heif_image(file):
+    """The primary picture of a HEIF file, its header read; turned upright by the library."""
+    try:
+        import pillow_heif
+    except ImportError:
+        raise RefusedError(
+            "HEIC files are read with pillow-heif, which is not installed (pip install pillow-heif)"
+        ) from None
+    file.seek(8)
+    if file.read(4) in HEIF_SEQUENCES:
+        raise RefusedError("animated, a sequence of pictures; only single pictures are read")
+    file.seek(0)
+    images = pillow_heif.open_heif(file, convert_hdr_to_8bit=False)
+    image = images[images.primary_index]
+    _check_size(*image.size)
+    return image
+
+
+def _heif_samples(image):
+    samples = np.asarray(image)
+    if samples.dtype == np.uint8:
+        return samples
+    bits = image.info["bit_depth"]  # in the upper bits of 16
+    return samples / np.float32((2**bits - 1) << (16 - bits))
+
+
+def _orientation(getexif):
+    """EXIF orientation, 1 to 8; None where there is none or the EXIF data are damaged: the pixels are not.
+
+    `ImageOps.exif_transpose` packs the other EXIF data anew, and fails where one of them is damaged.
+    """
+    try:
+        orientation = getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow's readers of EXIF data raise nearly anything
+        return None
+    return orientation if isinstance(orientation, int) else None
+
+
+def _has_late_metadata(file):
     """Whether a PNG file's pixels are followed by EXIF or XMP data, of which either may hold an orientation."""
     start = file.tell()
     try:
@@ -124,64 +429,9 @@ def _has_late_orientation(file):
         file.seek(start)
 
 
-def _decode(path, data=None):
-    """uint8 [h, w, 3], or float32 in [0, 1] for a file of more than 8 bits."""
-    with _opened(path, data) as image:
-        image.load()
-        turn = UPRIGHT.get(_orientation(image.getexif))
-        image = image if turn is None else image.transpose(turn)
-        if not image.mode.startswith("I") and image.mode != "F":
-            return np.asarray(image.convert("RGB"))
-        pixels = np.nan_to_num(np.asarray(image, np.float32))
-        # Pillow does not say what white is in 32 bits; a 1-bit picture has the mode "1", not these.
-        whites = [1, 255, 65535] if image.mode == "F" else [255, 65535]
-        if image.mode.startswith("I;16"):
-            whites = [65535]
-        white = next((white for white in whites if pixels.max() <= white), pixels.max())
-        return np.repeat(np.clip(pixels / white, 0, 1)[..., None], 3, -1)
-
-
-def _orientation(getexif):
-    """EXIF orientation, 1 to 8; None where there is none or the EXIF data are damaged: the pixels are not.
-
-    `ImageOps.exif_transpose` packs the other EXIF data anew, and fails where one of them is damaged.
-    """
-    try:
-        orientation = getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # Pillow's readers of EXIF data raise nearly anything
-        return None
-    return orientation if isinstance(orientation, int) else None
-
-
-@contextlib.contextmanager
-def _opened(path, data=None) -> Iterator[Image.Image]:
-    """A file, or its bytes, as a Pillow image, its header read.
-
-    What fails here or within becomes a ValueError with the path.
-    """
-    if data is None:
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-    if (path.stat().st_size if data is None else len(data)) == 0:
-        raise ValueError(f"{path}: the file is empty")
-    try:
-        with Image.open(path if data is None else io.BytesIO(data)) as image:
-            if image.width * image.height > LARGEST_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-            yield image
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not an image that can be read") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{path}: more than {LARGEST_PIXELS} pixels, the most that is read ({error})"
-        ) from None
-    except MemoryError:
-        raise ValueError(f"{path}: the image does not fit into memory") from None
-    except PermissionError:
-        raise ValueError(f"{path}: cannot be read (no permission)") from None
-    except Exception as error:  # Pillow's decoders raise nearly anything where a file's bytes make no sense
-        raise ValueError(f"{path}: the image is damaged ({error})") from None
+# --------------------------------------------------------------------------------------------------
+# Pixels
+# --------------------------------------------------------------------------------------------------
 
 
 def to_uint8(image: Float32[np.ndarray, "*b h w c"]) -> UInt8[np.ndarray, "*b h w c"]:
@@ -210,8 +460,8 @@ def resize(
 
 
 def resize_unclipped(
-    image: Float32[np.ndarray, "h w 3"], height: int, width: int
-) -> Float32[np.ndarray, "{height} {width} 3"]:
+    image: Float32[np.ndarray, "h w c"], height: int, width: int
+) -> Float32[np.ndarray, "{height} {width} c"]:
     """`resize` without its checks, for any range of values, with the overshoot of a cubic filter at edges.
 
     Pillow's filter: Keys' cubic with a = -0.5, widened by the factor when shrinking, as in MATLAB and
@@ -219,7 +469,7 @@ def resize_unclipped(
     """
     if image.shape[:2] == (height, width):
         return image
-    planes = [Image.fromarray(np.ascontiguousarray(image[..., channel])) for channel in range(3)]
+    planes = [Image.fromarray(np.ascontiguousarray(image[..., channel])) for channel in range(image.shape[2])]
     return np.stack([plane.resize((width, height), Image.Resampling.BICUBIC) for plane in planes], axis=-1)
 
 

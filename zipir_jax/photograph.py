@@ -1,8 +1,8 @@
 """Photographs: what the network sees of an image file, and what is put back into the file of the result."""
 
 import dataclasses
+import io
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float32
@@ -60,7 +60,7 @@ def check_output(path: str | Path, size: tuple[int, int]) -> None:
 
 
 def write_photograph(
-    file: str | Path | BinaryIO, photograph: Photograph, file_format: str | None = None
+    file: str | Path | io.BufferedIOBase, photograph: Photograph, file_format: str | None = None
 ) -> list[str]:
     """Write a photograph by the suffix of its path, or into a binary file in a format of OUTPUT_FORMATS' values.
 

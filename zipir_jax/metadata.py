@@ -1,0 +1,91 @@
+"""EXIF data and XMP packets of a picture whose pixels have been turned upright and resized.
+
+EXIF data are a TIFF structure (TIFF 6.0, section 2): entries of 12 bytes, tag, type, count and value, where a value of
+more than 4 bytes is the offset of one. Maker notes, too, hold offsets that nobody knows how to move. So the few entries
+that are wrong now are overwritten where they stand, and every other byte stays as it was.
+"""
+
+import re
+import struct
+
+from PIL import ExifTags, Image
+
+ORIENTATION = ExifTags.Base.Orientation
+SHORT, LONG = 3, 4  # types of entries
+WIDTHS = {ExifTags.Base.ImageWidth, ExifTags.Base.ExifImageWidth}
+HEIGHTS = {ExifTags.Base.ImageLength, ExifTags.Base.ExifImageHeight}
+
+
+def corrected_exif(exif: bytes, height: int, width: int) -> bytes | None:
+    """EXIF data, a TIFF structure, of a picture that is upright now and has this size in pixels.
+
+    A thumbnail of a picture that has been turned would lie on its side: it is cut off. None where the data are so
+    damaged that they would still turn the picture.
+    """
+    corrected = bytearray(exif)
+    order = byte_order(exif)
+    if order is None:
+        return exif
+    entries, after = directory(exif, order, *struct.unpack_from(order + "I", exif, 4))
+    turned = False
+    for _, tag, _, _, value in list(entries):
+        if tag == ExifTags.IFD.Exif:
+            entries += directory(exif, order, value)[0]
+    for at, tag, kind, _, _ in entries:
+        number = width if tag in WIDTHS else height if tag in HEIGHTS else 1 if tag == ORIENTATION else None
+        if number is None:
+            continue
+        if tag == ORIENTATION:
+            turned |= exif[at + 2 : at + 12] != _entry(order, tag, SHORT, 1)[2:]
+        kind = SHORT if number < 65536 and kind != LONG else LONG
+        corrected[at : at + 12] = _entry(order, tag, kind, number)
+    if turned and after + 4 <= len(corrected):
+        corrected[after : after + 4] = bytes(4)
+    return bytes(corrected) if exif_orientation(bytes(corrected)) in (None, 1) else None
+
+
+def byte_order(exif: bytes) -> str | None:
+    """ "<" or ">", as `struct` names it, of a TIFF structure; None for anything else."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    return order if len(exif) >= 8 else None
+
+
+def directory(exif: bytes, order: str, at: int) -> tuple[list[tuple[int, int, int, int, int]], int]:
+    """The entries (their offset, tag, type, count, value) of the directory at an offset, and the offset behind them.
+
+    Of a damaged directory, the entries that lie within the data.
+    """
+    if at + 2 > len(exif):
+        return [], len(exif)
+    (count,) = struct.unpack_from(order + "H", exif, at)
+    places = range(at + 2, min(at + 2 + 12 * count, len(exif) - 11), 12)
+    return [
+        (place, *struct.unpack_from(order + "HHII", exif, place)) for place in places
+    ], at + 2 + 12 * count
+
+
+def _entry(order, tag, kind, number):
+    """An entry of one number; a SHORT lies in the first half of the four bytes."""
+    return struct.pack(order + ("HHIHxx" if kind == SHORT else "HHII"), tag, kind, 1, number)
+
+
+def exif_orientation(exif: bytes) -> int | None:
+    """What Pillow, and so whoever reads the file with it, takes for the orientation."""
+    loaded = Image.Exif()
+    try:
+        loaded.load(exif)
+        return loaded.get(ORIENTATION)
+    except Exception:  # Pillow's readers of EXIF data raise nearly anything
+        return None
+
+
+def corrected_xmp(xmp: bytes, height: int, width: int) -> bytes:
+    """An XMP packet of a picture that is upright now and has this size; its properties as attributes or elements."""
+    for name, number in [
+        (rb"tiff:Orientation", 1),
+        (rb"(?:tiff:ImageWidth|exif:PixelXDimension)", width),
+        (rb"(?:tiff:ImageLength|exif:PixelYDimension)", height),
+    ]:
+        value = rb"(" + name + rb"(?:\s*=\s*[\"']|\s*>)\s*)\d+"
+        xmp = re.sub(value, lambda match, number=number: match[1] + str(number).encode(), xmp)
+    return xmp

@@ -1,0 +1,196 @@
+"""TIFF files: which page is the picture, samples of more than 8 bits, and EXIF data that stay where they were."""
+
+import io
+import math
+import struct
+
+import numpy as np
+import tifffile
+from jaxtyping import Float32, UInt8, UInt16
+from PIL import Image
+
+from zipir_jax.icc import lab_to_srgb, use_of_profile
+from zipir_jax.imageio import RefusedError
+from zipir_jax.metadata import byte_order, directory
+
+REDUCED = 1  # bit of NewSubfileType: a smaller copy of another picture of the file
+# Tags of an image's data, in which a file's first directory differs from EXIF data (TIFF 6.0; Adobe's technical notes).
+OF_THE_IMAGE = {
+    254,
+    255,
+    256,
+    257,
+    258,
+    259,
+    262,
+    266,
+    273,
+    274,
+    277,
+    278,
+    279,
+    284,
+    288,
+    289,
+    292,
+    293,
+    317,
+    320,
+    322,
+}
+OF_THE_IMAGE |= {
+    323,
+    324,
+    325,
+    330,
+    332,
+    333,
+    334,
+    336,
+    337,
+    338,
+    339,
+    340,
+    341,
+    342,
+    347,
+    512,
+    513,
+    514,
+    515,
+    517,
+}
+OF_THE_IMAGE |= {518, 519, 520, 521, 529, 530, 531, 532, 700, 33723, 34377, 34675, 37724, 50706}
+PHOTOMETRIC = tifffile.PHOTOMETRIC
+CHANNELS = {  # of colour, of the kinds of pixels that are read
+    PHOTOMETRIC.MINISWHITE: 1,
+    PHOTOMETRIC.MINISBLACK: 1,
+    PHOTOMETRIC.RGB: 3,
+    PHOTOMETRIC.SEPARATED: 4,
+    PHOTOMETRIC.CIELAB: 3,
+}
+
+
+def picture_page(file: tifffile.TiffFile) -> tuple[int, tifffile.TiffPage]:
+    """The one page of a TIFF file that is no reduced copy of another, and its index.
+
+    Raises RefusedError where there are several or none, as in the raw files of many cameras, or pixels are missing.
+    """
+    pages = [(index, page) for index, page in enumerate(file.pages) if not page.subfiletype & REDUCED]
+    if len(pages) > 1:
+        raise RefusedError(f"a TIFF file of {len(pages)} pages; one picture is restored at a time")
+    if not pages or 50706 in pages[0][1].tags:  # DNGVersion
+        raise RefusedError("a camera's raw file; develop it into a TIFF or JPEG file first")
+    page = pages[0][1]
+    # Decoders leave what is missing black.
+    ends = [start + count for start, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
+    if len(ends) < math.prod(page.chunked) or max(ends) > file.filehandle.size:
+        raise RefusedError("the image is damaged (a TIFF file that lacks a part of its pixels)")
+    return pages[0]
+
+
+def decode_samples(
+    page: tifffile.TiffPage,
+) -> tuple[Float32[np.ndarray, "h w c"], Float32[np.ndarray, "h w"] | None]:
+    """Pixels of more than 8 bits in [0, 1], grey, RGB or CMYK (with a profile that works), and their alpha.
+
+    White is the largest number of the file's bits; of 32 bits and of floating point, where nothing says what it is, 1,
+    255 or 65535, whichever first holds all of them, else the largest. Raises RefusedError for other kinds of pixels.
+    """
+    kind = page.photometric
+    if kind not in CHANNELS or page.samplesperpixel < CHANNELS[kind]:
+        raise RefusedError(
+            f"a TIFF file of {page.bitspersample} bits and {page.samplesperpixel} channels, of a kind that is not read "
+            f"(photometric interpretation {int(kind)})"
+        )
+    samples = page.asarray()
+    if page.axes.startswith("S"):  # planar
+        samples = np.moveaxis(samples, 0, -1)
+    samples = samples.reshape(page.imagelength, page.imagewidth, -1)
+    colours = samples[..., : CHANNELS[kind]]
+    if kind == PHOTOMETRIC.CIELAB:  # L* of 16 bits, a* and b* with a sign, in 256ths
+        lightness, a, b = (
+            colours[..., 0] / np.float32(655.35),
+            *(colours[..., i].view(np.int16) / np.float32(256) for i in (1, 2)),
+        )
+        return lab_to_srgb(np.stack([lightness, a, b], -1)), None
+    if samples.dtype == np.uint16:
+        white = 2**page.bitspersample - 1
+    else:
+        largest = np.nan_to_num(colours).max()
+        whites = [1, 255, 65535] if samples.dtype.kind == "f" else [255, 65535]
+        white = next((white for white in whites if largest <= white), largest)
+    pixels = np.clip(np.nan_to_num(colours.astype(np.float32)) / np.float32(white), 0, 1)
+    alpha = None
+    if page.extrasamples and page.extrasamples[0] in (1, 2):
+        alpha = np.clip(
+            np.nan_to_num(samples[..., CHANNELS[kind]].astype(np.float32)) / np.float32(white), 0, 1
+        )
+        if page.extrasamples[0] == 1:  # the colours are multiplied by it
+            pixels = np.clip(pixels / np.maximum(alpha, np.float32(1e-6))[..., None], 0, 1)
+    if kind == PHOTOMETRIC.MINISWHITE:
+        pixels = 1 - pixels
+    if kind == PHOTOMETRIC.SEPARATED and not use_of_profile(page.tags.valueof(34675) or b"", 4):
+        pixels = (1 - pixels[..., :3]) * (1 - pixels[..., 3:])  # as Pillow converts 8 bits: of ideal inks
+    return pixels, alpha
+
+
+def exif_of(file: io.BufferedIOBase) -> bytes | None:
+    """A TIFF file's own tags but those of its image, as EXIF data; None where there are none or they are damaged.
+
+    Packed anew: what its maker notes point to is not where it was.
+    """
+    file.seek(0)
+    exif = Image.Exif()
+    try:
+        exif.load_from_fp(file)
+        for tag in OF_THE_IMAGE:
+            exif.pop(tag, None)
+        return exif.tobytes().removeprefix(b"Exif\0\0") if len(exif) else None
+    except Exception:  # Pillow's readers of EXIF data raise nearly anything
+        return None
+
+
+def write_tiff(
+    file: io.BufferedIOBase,
+    samples: UInt8[np.ndarray, "h w c"] | UInt16[np.ndarray, "h w c"],
+    icc: bytes | None,
+    exif: bytes | None,
+    xmp: bytes | None,
+) -> None:
+    """Write grey or RGB samples, with alpha where there is a channel more, deflated.
+
+    EXIF data hold offsets from their own beginning, and in a TIFF file from the file's. So the file begins with the
+    EXIF data, byte for byte, and their offsets, maker notes' included, stay right; the pixels come next, and last one
+    directory of the image's tags and of EXIF's. EXIF data must be a TIFF structure (`metadata.byte_order`).
+    """
+    order = byte_order(exif) if exif else "<"
+    # An empty directory for tifffile to append to, as long as the EXIF data that will stand there.
+    start = struct.pack(order + "2sHIHI", b"II" if order == "<" else b"MM", 42, 8, 0, 0)
+    length = max(len(exif or b""), len(start))
+    buffer = io.BytesIO(start.ljust(length + length % 2, b"\0"))
+    with tifffile.TiffWriter(buffer, append=True) as writer:
+        writer.write(
+            samples,
+            photometric="rgb" if samples.shape[2] >= 3 else "minisblack",
+            planarconfig="contig",
+            extrasamples=["unassalpha"] if samples.shape[2] in (2, 4) else None,
+            compression="deflate",
+            predictor=True,
+            iccprofile=icc,
+            extratags=[(700, 1, len(xmp), xmp, True)] if xmp else (),
+            metadata=None,
+            software=False,
+        )
+    data = buffer.getvalue()
+    (own,) = struct.unpack_from(order + "I", data, 10)
+    entries = {tag: data[at : at + 12] for at, tag, *_ in directory(data, order, own)[0]}
+    if exif:
+        (first,) = struct.unpack_from(order + "I", exif, 4)
+        of_exif = {tag: exif[at : at + 12] for at, tag, *_ in directory(exif, order, first)[0]}
+        entries |= {tag: entry for tag, entry in of_exif.items() if tag not in OF_THE_IMAGE}
+    head = (exif or start)[:4] + struct.pack(order + "I", len(data) + len(data) % 2)
+    file.write(head + (exif or start)[8:].ljust(length + length % 2 - 8, b"\0"))
+    file.write(memoryview(data)[length + length % 2 :])
+    file.write(bytes(len(data) % 2) + struct.pack(order + "H", len(entries)))
+    file.write(b"".join(entries[tag] for tag in sorted(entries)) + bytes(4))
