@@ -104,15 +104,18 @@ def cache_compiled_programs() -> None:
 
 def machine() -> str:
     """The hardware that jax computes on, and the versions of what computes, in one line for a report."""
+    packages = ", ".join(f"{package} {version(package)}" for package in ("jax", "flax"))
+    return f"{hardware()}; Python {platform.python_version()}, {packages}"
+
+
+def hardware() -> str:
+    """The hardware that jax computes on, in a few words."""
     import jax
 
     devices = jax.devices()
     if devices[0].platform == "cpu":
-        hardware = f"{_cpu_model()}, {os.cpu_count()} cores"
-    else:
-        hardware = f"{len(devices)} x {devices[0].device_kind}"
-    packages = ", ".join(f"{package} {version(package)}" for package in ("jax", "flax"))
-    return f"{hardware}; Python {platform.python_version()}, {packages}"
+        return f"{_cpu_model()}, {os.cpu_count()} cores"
+    return f"{len(devices)} x {devices[0].device_kind}"
 
 
 def _cpu_model():

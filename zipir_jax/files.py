@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -8,12 +9,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+class DiskFullError(ValueError):
+    """No space is left for a file, nor for the next."""
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` once the block ends; a reader finds the old file or the new one.
 
     Missing folders are made; through a link its target is replaced. Raises ValueError, with the path in it, where the
-    file or its folder cannot be written; then, and after any other error within the block, `path` is as it was.
+    file or its folder cannot be written, a DiskFullError where no space is left; then, and after any other error within
+    the block, `path` is as it was.
     """
     path = Path(path)
     check_replaceable(path)
@@ -25,15 +31,21 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
         file = temporary.open("xb")
     except OSError as error:
-        raise ValueError(f"{path.parent}: cannot be written to ({error.strerror})") from None
+        raise _refusal(error)(f"{path.parent}: cannot be written to ({error.strerror})") from None
     try:
         with file:
             yield file
         os.replace(temporary, path)
     except (OSError, ValueError) as error:  # Pillow's encoders raise either
-        raise ValueError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise _refusal(error)(f"{path}: cannot be written ({reason})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _refusal(error):
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return DiskFullError if is_full else ValueError
 
 
 def check_replaceable(path: Path) -> None:

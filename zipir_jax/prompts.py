@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import os
+import posixpath
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,14 +27,16 @@ def choose_prompts(
     prompt_file: Path | None,
     default: str = POSITIVE_PROMPT,
     stored: TextEmbeddings | None = None,
+    folder: Path | None = None,
 ) -> list[str]:
     """The prompt of each photograph: the file's, else `prompt`, else the caption beside it, else `default`.
 
-    photographs: of one folder. stored: the only captions that can be had, where there is no text encoder. A caption
-    that cannot be read, or had, is named on stderr: unlike a prompt, nobody asked for it. Raises ValueError as
-    `read_prompt_file`.
+    stored: the only captions that can be had, where there is no text encoder. folder: that holds the photographs, and
+    that the prompt file's names begin below; not given: the first one's. A caption that cannot be read, or had, is
+    named on stderr: unlike a prompt, nobody asked for it. Raises ValueError as `read_prompt_file`.
     """
-    named = {} if prompt_file is None else read_prompt_file(prompt_file, photographs[0].parent)
+    folder = photographs[0].parent if folder is None else folder
+    named = {} if prompt_file is None else read_prompt_file(prompt_file, folder)
 
     def caption_of(photograph):
         try:
@@ -49,14 +53,19 @@ def choose_prompts(
             return default
         return caption or default
 
-    return [named.get(path.name, prompt if prompt is not None else caption_of(path)) for path in photographs]
+    names = [path.relative_to(folder).as_posix() for path in photographs]
+    return [
+        named[name] if name in named else caption_of(path) if prompt is None else prompt
+        for name, path in zip(names, photographs, strict=True)
+    ]
 
 
 def read_prompt_file(path: Path, folder: Path) -> dict[str, str]:
-    """{file name: prompt} of a CSV file with COLUMNS, and perhaps others, for some files of a folder.
+    """{file name: prompt} of a CSV file with COLUMNS, and perhaps others, for some files of a folder or below it.
 
-    An empty text is the empty caption. Raises ValueError, with the path and what is wrong, for a file that cannot be
-    read, columns that are missing, a name that is not in the folder or there twice, and a row of too few or many cells.
+    A file further below has a name such as `holidays/boat.jpg`. An empty text is the empty caption. Raises ValueError,
+    with the path and what is wrong, for a file that cannot be read, columns that are missing, a name that is not in the
+    folder or there twice, and a row of too few or many cells.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -69,7 +78,7 @@ def read_prompt_file(path: Path, folder: Path) -> dict[str, str]:
     missing = [column for column in COLUMNS if column not in columns]
     if missing:
         raise ValueError(f"{path}: no column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}")
-    names, prompts, unknown = {file.name for file in folder.iterdir()}, {}, []
+    prompts, unknown = {}, []
     for line, row in rows:
         name, text = (row[column] for column in COLUMNS)
         if not name or text is None:
@@ -80,7 +89,8 @@ def read_prompt_file(path: Path, folder: Path) -> dict[str, str]:
             )
         if name in prompts:
             raise ValueError(f"{path}: {name} is there twice, the second time in line {line}")
-        if name not in names:
+        is_below = name == posixpath.normpath(name) and not name.startswith(("/", "../"))
+        if not (is_below and os.path.exists(folder / name)):
             unknown.append(name)
         prompts[name] = text.strip()
     if unknown:
@@ -142,21 +152,20 @@ def embed_prompts(
     return embeddings
 
 
-def prompt_texts(
+def prompt_pairs(
     photographs: list[Path],
+    folder: Path,
     weights: Path | str,
     config: ModelConfig,
     prompt: str | None = None,
     negative_prompt: str | None = None,
     prompt_file: Path | None = None,
     encoder: Path | None = None,
-    dry_run: bool = False,
-) -> dict[Path, dict]:
-    """What `Restorer.restore` takes as {"text", "negative_text"} of each photograph; {} for weights without text.
+) -> dict[Path, tuple[str, str] | None]:
+    """The prompt and the negative prompt of each photograph, in words; None for weights without text.
 
-    config: of the weights. dry_run: see `embed_prompts`. Photographs of one prompt share its embedding. Weights without
-    text leave captions beside the photographs alone. Raises ValueError, naming what was given, where they are given
-    prompts, and as `choose_prompts` and `embed_prompts`.
+    config: of the weights. folder: see `choose_prompts`. Weights without text leave captions beside the photographs
+    alone. Raises ValueError, naming what was given, where they are given prompts, and as `choose_prompts`.
     """
     if not config.dit.text_width:
         given = {
@@ -170,20 +179,15 @@ def prompt_texts(
             raise ValueError(
                 f"{weights}: these weights were trained without text: leave out {', '.join(useless)}"
             )
-        return {photograph: {} for photograph in photographs}
-    if not photographs:
-        return {}
+        return dict.fromkeys(photographs)
     stored = load_text(weights, config)
     positive, negative = (
         (POSITIVE_PROMPT, NEGATIVE_PROMPT) if stored is None else (stored.positive, stored.negative)
     )
-    chosen = choose_prompts(photographs, prompt, prompt_file, positive, stored if encoder is None else None)
+    captions = stored if encoder is None else None
+    chosen = choose_prompts(photographs, prompt, prompt_file, positive, captions, folder)
     negative = negative if negative_prompt is None else negative_prompt
-    embeddings = embed_prompts([*chosen, negative], weights, config, encoder, dry_run)
-    return {
-        photograph: {"text": embeddings[prompt], "negative_text": embeddings[negative]}
-        for photograph, prompt in zip(photographs, chosen, strict=True)
-    }
+    return {path: (words, negative) for path, words in zip(photographs, chosen, strict=True)}
 
 
 # --------------------------------------------------------------------------------------------------

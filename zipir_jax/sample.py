@@ -1,5 +1,8 @@
-"""Restore photographs: `python -m zipir_jax.sample --input PATH --output PATH [--scale 4] [--prompt TEXT]`."""
+"""Restore photographs: `python -m zipir_jax.sample --input PATH --output PATH [--scale 4] [--preset fast]`."""
 
+import argparse
+import functools
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -8,52 +11,49 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
+from zipir_jax import folder
 from zipir_jax.command_line import cache_compiled_programs, parse, run
-from zipir_jax.config import SamplingConfig, check_seed
-from zipir_jax.files import check_writable
-from zipir_jax.imageio import (
-    OUTPUT_FORMATS,
-    distinct_names,
-    list_images,
-    read_image,
-    write_image,
-)
-
-EXISTS = "exists already; use --overwrite to replace it"
+from zipir_jax.config import PRESETS, RestorationConfig, TargetConfig, check_seed
+from zipir_jax.signals import delayed_signals
 
 
 def restore_files(
     input: Path,
     output: Path,
-    scale: float | None = None,
-    size: str | None = None,
-    format: Literal["png", "jpg", "webp"] = "png",
+    target: tyro.conf.OmitArgPrefixes[TargetConfig] = TargetConfig(),
+    format: Literal["png", "jpg", "webp", "tif", "avif", "heic", "same"] = "png",
+    n_samples: int = 1,
+    compare: Literal["side-by-side", "slider"] | None = None,
+    skip_existing: bool = False,
+    overwrite: bool = False,
     weights: str = "default",
     attention: Literal["xla", "cudnn", "splash"] | None = None,
     seed: int = 0,
-    overwrite: bool = False,
     memory_gib: float | None = None,
     dry_run: bool = False,
     prompt: str | None = None,
     negative_prompt: str | None = None,
     prompt_file: Path | None = None,
     text_encoder: Path | None = None,
-    sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig(),
+    restoration: tyro.conf.OmitArgPrefixes[RestorationConfig] = RestorationConfig(),
 ) -> int:
-    """Restore a photograph, or every photograph of a folder.
+    """Restore a photograph, or every photograph of a folder and of those below it.
 
     Args:
         input: image file or folder
-        output: image file (.png, .jpg, .webp) or folder
-        scale: output size / input size, any positive number; 4 if no size is given
-        size: output size in pixels, WIDTHxHEIGHT
-        format: of results that go into a folder; an output file's follows from its name
+        output: image file or folder; a folder's tree is mirrored in it
+        target: size of the result
+        format: of results that go into a folder, same: that of their photograph; an output file's follows from its name
+        n_samples: results of each photograph, of the seeds from --seed on; several are called NAME_1, NAME_2, ...
+        compare: write NAME_compare as well, a picture of both side by side or a page of HTML with a slider between them
+        skip_existing: results that exist are done, unless their record tells of another photograph or other settings;
+            so a run goes on that was interrupted, and several processes or hosts share a folder
+        overwrite: replace results that exist, but for those that would become the same file again
         weights: folder of weights
         attention: implementation: xla runs anywhere, cudnn on NVIDIA's GPUs, splash on TPUs; not given: the one that
             the weights were trained with
         seed: of the noise that the sampler starts from; the same seed gives the same picture, and with the same
             memory_gib the same bytes
-        overwrite: replace output files that exist
         memory_gib: memory of the device to spend beside the weights; what does not fit whole runs in tiles, with the
             same result. Not given: nine tenths of what is free, on a CPU half of it
         dry_run: restore nothing; print how each picture would be restored and the memory that it needs. A new prompt
@@ -63,23 +63,29 @@ def restore_files(
         negative_prompt: what the guidance leads away from; not given: the default negative prompt; "" is no text
         prompt_file: CSV file with the columns file_name and text: prompts of single photographs, before all others
         text_encoder: folder that `prepare import-t5` wrote; loaded only for prompts that the weights do not come with
-        sampling: how the latent is sampled
+        restoration: how a photograph is restored; the defaults are the preset's
     """
-    target = None if size is None else parse_size(size)
+    sampling = restoration.sampling
+    if n_samples < 1:
+        raise ValueError(f"{n_samples} samples of a picture are not at least 1")
     check_seed(seed)
-    if scale is None and target is None:
-        scale = 4.0
-    jobs = plan(input, output, format)
-    check_outputs(jobs, may_exist=overwrite or input.is_dir())  # in a folder, what exists is skipped below
+    check_seed(seed + n_samples - 1)
+    if skip_existing and overwrite:
+        raise ValueError("--skip-existing keeps what exists and --overwrite replaces it; give one of them")
+    jobs, ignored, unreadable = folder.plan_jobs(input, output, format, n_samples, compare)
+    # In a folder, and with --skip-existing, what exists is told of when its turn comes.
+    folder.check_outputs(jobs, may_exist=overwrite or skip_existing or input.is_dir())
+    if input.is_dir():
+        folder.check_summary(output)
     if negative_prompt is not None and sampling.guidance == 1:
         raise ValueError("a negative prompt has no effect with guidance 1; leave one of them out")
     # Importing jax takes seconds; bad arguments should not wait for it.
     from zipir_jax.models.attention import check_implementation
-    from zipir_jax.prompts import prompt_texts
-    from zipir_jax.restorer import NEEDED, PHASES, Restorer, check_sampling, target_size
-    from zipir_jax.weights import check_weights
+    from zipir_jax.prompts import embed_prompts, prompt_pairs
+    from zipir_jax.restorer import NEEDED, PHASES, Restorer, check_sampling, target_pixels
+    from zipir_jax.weights import check_weights, weights_digest, weights_folder
 
-    target_size((1, 1), scale, target)  # a scale or size that no image can have
+    target_pixels(target, (1, 1))  # a scale or size that no image can have
     if memory_gib is not None and not memory_gib > 0:
         raise ValueError(f"memory of {memory_gib:g} GiB is not above 0")
     memory = None if memory_gib is None else int(memory_gib * 2**30)
@@ -88,106 +94,108 @@ def restore_files(
     check_implementation(attention or config.dit.attention, config.dit.compute_dtype)
     check_sampling(config, sampling, has_negative_text=config.dit.text_width > 0)
     # Before the weights are loaded, so that a text encoder has the memory for itself.
-    to_restore = [source for source, destination in jobs if overwrite or not destination.exists()]
-    texts = prompt_texts(
-        to_restore, weights, config, prompt, negative_prompt, prompt_file, text_encoder, dry_run
+    below = input if input.is_dir() else input.parent
+    sources = [job.source for job in jobs]
+    prompts = prompt_pairs(
+        sources, below, weights, config, prompt, negative_prompt, prompt_file, text_encoder
     )
-    restorer = Restorer.load(weights, attention)
+    to_restore = [job for job in jobs if overwrite or not all(os.path.exists(path) for path in job.outputs)]
+    words = [text for job in to_restore for text in prompts[job.source] or ()]
+    embeddings = embed_prompts(words, weights, config, text_encoder, dry_run)
+    work = folder.Run(
+        restorer=Restorer.load(weights, attention),
+        weights={"name": weights_folder(weights).name, "sha256": weights_digest(weights)},
+        target=target,
+        restoration=restoration,
+        seed=seed,
+        memory=memory,
+        compare=compare,
+        prompts=prompts,
+        embeddings=embeddings,
+        skip_existing=skip_existing,
+        overwrite=overwrite,
+        locks=output / folder.LOCKS if input.is_dir() else None,
+    )
+    if dry_run:
+        return describe(work, jobs)
+    total = len(PHASES) * sum(len(job.outputs) for job in jobs)
+    with (
+        delayed_signals() as stopped,
+        tqdm(total=total, unit="phase", dynamic_ncols=True) as bar,
+    ):
+
+        def report(name, done, phase):
+            bar.set_description(printable(name)[-40:], refresh=False)
+            bar.set_postfix_str(phase, refresh=False)
+            bar.update(int(len(PHASES) * done) - bar.n)
+
+        def complain(sentence):
+            if input.is_dir():
+                bar.write(f"failed: {printable(sentence)}", file=sys.stderr)
+
+        counts = folder.restore_all(work, jobs, stopped, report, complain)
+    failed = counts["failed"]
+    if input.is_dir():
+        summary = folder.write_summary(output, jobs, counts, ignored, unreadable)
+        print(*map(printable, folder.summary_lines(summary)), sep="\n")
+    else:
+        for path in jobs[0].outputs:
+            if path.name not in [failure["output"] for failure in failed] and path.exists():
+                print(path)
+        if failed:
+            raise ValueError(f"{input}: {failed[0]['reason']}")
+    if stopped:
+        return 128 + stopped[0]
+    return 1 if failed or unreadable else 0
+
+
+def describe(work: folder.Run, jobs: list[folder.Job]) -> int:
+    """Print how each picture would be restored."""
     failures = 0
-    with tqdm(total=len(PHASES) * len(jobs), unit="phase", dynamic_ncols=True, disable=dry_run) as bar:
-
-        def progress(phase, done):
-            """Of a phase that begins, the phases before it are done."""
-            if done == 0:
-                bar.update(PHASES.index(phase) - bar.n % len(PHASES))
-                bar.set_postfix_str(phase)
-
-        for index, (source, destination) in enumerate(jobs):
-            bar.set_description(source.name)
-            try:
-                if source not in texts or (destination.exists() and not overwrite):
-                    raise ValueError(f"{destination}: {EXISTS}")
-                image = read_image(source)
-                options = {"scale": scale, "size": target, "memory": memory, "sampling": sampling}
-                options |= texts[source]
-                try:
-                    if dry_run:
-                        print(f"{source}:", *restorer.plan(image.shape, **options).lines(), sep="\n")
-                        continue
-                    restored = restorer.restore(image, **options, seed=seed, progress=progress)
-                except ValueError as error:  # the restorer knows no files; reading and writing name theirs
-                    raise ValueError(f"{source}: {error}") from error
-                write_image(destination, restored)
-            except ValueError as error:
-                if not input.is_dir():
-                    raise
-                failures += 1
-                bar.write(f"skipped: {error}", file=sys.stderr)
-            finally:  # a skipped file fills its share of the bar as well
-                bar.update(len(PHASES) * (index + 1) - bar.n)
-    if not dry_run:
-        print(f"restored {len(jobs) - failures}, skipped {failures}" if input.is_dir() else jobs[0][1])
+    for job in jobs:
+        try:
+            lines = folder.plan_lines(work, job)
+        except ValueError as error:
+            if len(jobs) == 1:
+                raise
+            failures += 1
+            print(f"failed: {printable(str(error))}", file=sys.stderr)
+        else:
+            print(printable(f"{job.source}:"), *lines, sep="\n")
     return 1 if failures else 0
 
 
-def plan(input: Path, output: Path, format: str) -> list[tuple[Path, Path]]:
-    """(source, destination) of every picture. Raises ValueError if there is none, or the output cannot be.
-
-    format: suffix, without its dot, of destinations that the output does not name.
-    """
-    if not input.is_dir():
-        if not input.exists():
-            raise ValueError(f"{input}: no such file or folder")
-        if output.is_dir() or not output.suffix:
-            return [(input, output / f"{input.stem}.{format}")]
-        if output.suffix.lower() not in OUTPUT_FORMATS:
-            raise ValueError(f"{output}: the output must end in one of {', '.join(OUTPUT_FORMATS)}")
-        return [(input, output)]
-    if output.is_file():
-        raise ValueError(f"{output} is a file, but {input} is a folder: its results need a folder")
-    sources = list_images(input)
-    if not sources:
-        raise ValueError(f"{input} holds no images")
-    return [
-        (source, output / f"{name}.{format}")
-        for source, name in zip(sources, distinct_names(sources), strict=True)
-    ]
-
-
-def check_outputs(jobs: list[tuple[Path, Path]], may_exist: bool) -> None:
-    """Raises ValueError for an output that is an input, that exists and may not, or whose folder cannot be written.
-
-    jobs: (source, destination) of every picture. Nothing is written: a refused run leaves no folders behind.
-    """
-    inputs = {_identity(source) for source, _ in jobs}
-    for _, destination in jobs:
-        if not destination.exists():
-            continue
-        # With --overwrite as well: a photograph that its restoration replaced could not be had again.
-        if _identity(destination) in inputs:
-            raise ValueError(f"{destination}: the output would replace an input; choose another output")
-        if not may_exist:
-            raise ValueError(f"{destination}: {EXISTS}")
-    for folder in {destination.parent for _, destination in jobs}:
-        check_writable(folder)
-
-
-def _identity(path):
-    """Equal for two paths of the same file, through links and any spelling of the name."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of "WIDTHxHEIGHT"; raises ValueError for anything else."""
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise ValueError(f"size {text!r} is not WIDTHxHEIGHT, such as 2048x1536")
-    return int(height), int(width)
+def printable(text: str) -> str:
+    """Escaped where a terminal could not show it: names of files may hold line breaks, or be no Unicode."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def main(arguments: list[str]) -> int:
-    return parse(restore_files, arguments, prog="python -m zipir_jax.sample", description=__doc__)()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset", default="paper")
+    try:
+        options, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    if options.preset not in PRESETS:
+        raise ValueError(f"preset {options.preset!r} is not one of {', '.join(PRESETS)}")
+
+    # With the preset's settings as defaults, --help shows them and single options replace them.
+    @functools.wraps(restore_files)
+    def restore_with_preset(*arguments, **options):
+        return restore_files(*arguments, **options)
+
+    signature = inspect.signature(restore_files)
+    parameters = signature.parameters | {
+        "restoration": signature.parameters["restoration"].replace(default=PRESETS[options.preset])
+    }
+    restore_with_preset.__signature__ = signature.replace(parameters=parameters.values())
+    return parse(
+        restore_with_preset,
+        others,
+        prog=f"python -m zipir_jax.sample [--preset {'|'.join(PRESETS)}]",
+        description=f"{__doc__} What a preset sets is shown below as defaults; the one not named is paper.",
+    )()
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ from zipir_jax.imageio import to_uint8, write_image
 from zipir_jax.metrics.fidelity import load_lpips
 from zipir_jax.models.flops import peak_flops
 from zipir_jax.models.lp_vae import COARSE_FACTOR, FACTOR
+from zipir_jax.signals import delayed_signals
 from zipir_jax.training import checkpoint
 from zipir_jax.training.flops import training_flops
 from zipir_jax.training.log import MetricsLog
 from zipir_jax.training.losses import LPIPS_SMALLEST, lpips_net
-from zipir_jax.training.signals import delayed_signals
 from zipir_jax.training.stages import STAGES
 from zipir_jax.training.state import create_state, train_step
 from zipir_jax.training.statistics import macro_statistics

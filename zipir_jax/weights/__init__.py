@@ -7,6 +7,7 @@ A folder `text` beside them has the embeddings of prompts that a DiT with text r
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -79,6 +80,22 @@ def _save_safetensors(folder, weights):
 def weights_folder(weights: Path | str) -> Path:
     """The folder of weights that are named by it, or as the "default" ones, which come with the package."""
     return DEFAULT if weights == "default" else Path(weights)
+
+
+def weights_digest(weights: Path | str) -> str:
+    """sha256, in hexadecimal, of the file that holds the tensors; of Orbax's many, of their names and contents."""
+    folder = weights_folder(weights)
+    path = folder / FILES["safetensors"]
+    if path.exists():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for path in sorted((folder / FILES["orbax"]).rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                contents = hashlib.file_digest(file, "sha256").digest()
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + contents)
+    return digest.hexdigest()
 
 
 def load_config(weights: Path | str) -> ModelConfig:

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from zipir_jax.training.signals import delayed_signals
+from zipir_jax.signals import delayed_signals
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 

@@ -1,0 +1,657 @@
+"""Photographs of a folder, one after the other: what is to be made, who makes it, what stands on the disk meanwhile.
+
+A result stands there whole or not at all, and never without its record (provenance.py), which is written before it: a
+run that is killed leaves at most a record alone, which the next run writes again. So a result that exists is done.
+
+Processes, on one host or several, that are given the same folders share the work. Each picture is claimed by a lock on
+a file in LOCKS in the output folder, which the kernel releases when its holder ends, however it ends. This needs a file
+system with flock: any local one, NFS 4, and most cluster file systems.
+
+Three pictures are in memory at most: one is read ahead while another is restored and a third is written.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from zipir_jax import comparison, provenance
+from zipir_jax.config import RestorationConfig, TargetConfig
+from zipir_jax.files import DiskFullError, check_replaceable, check_writable, replacing
+from zipir_jax.imageio import IMAGE_SUFFIXES, distinct_names
+from zipir_jax.photograph import (
+    OUTPUT_FORMATS,
+    Photograph,
+    check_output,
+    photograph_size,
+    read_photograph,
+    write_photograph,
+)
+
+EXISTS = "exists already; use --overwrite to replace it"
+LOCKS = ".zipir_jax"
+SUMMARY = "summary.json"
+LONGEST_NAME = 255  # bytes, of nearly all file systems
+LONGEST_ENDING = (
+    len(".12345678") + len(".json") + 1
+)  # that `files.replacing` and records add to a result's name
+POLL = 0.5  # seconds between looks at pictures that other processes hold
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A photograph, and the files that are made of it."""
+
+    source: Path
+    name: str  # of the source, below the input folder
+    outputs: tuple[Path, ...]  # one for each seed
+    comparisons: tuple[Path, ...] = ()  # one for each output, or none
+
+
+# --------------------------------------------------------------------------------------------------
+# What is to be made
+# --------------------------------------------------------------------------------------------------
+
+
+def plan_jobs(
+    input: Path, output: Path, file_format: str, samples: int = 1, compare: str | None = None
+) -> tuple[list[Job], int, list[str]]:
+    """A job for each picture, the number of files that are none, and a sentence for each folder that cannot be read.
+
+    file_format: suffix, without its dot, of outputs that `output` does not name, or "same" for the input's where it can
+    be written. samples: outputs of each picture. compare: see `comparison_path`. Raises ValueError if there is no
+    picture, or the output cannot be.
+    """
+    if input.is_dir():
+        if output.is_file():
+            raise ValueError(f"{output} is a file, but {input} is a folder: its results need a folder")
+        sources, ignored, unreadable = find_photographs(input, output)
+        if not sources:
+            raise ValueError(f"{input} holds no images")
+        outputs = _mirrored(sources, input, output, file_format)
+    else:
+        if not input.exists():
+            raise ValueError(f"{input}: no such file or folder")
+        sources, ignored, unreadable = [input], 0, []
+        if output.is_dir() or not output.suffix:
+            outputs = [output / f"{input.stem}{_suffix(input, file_format)}"]
+        elif output.suffix.lower() not in OUTPUT_FORMATS:
+            raise ValueError(f"{output}: the output must end in one of {', '.join(OUTPUT_FORMATS)}")
+        else:
+            outputs = [output]
+    jobs = []
+    for source, path in zip(sources, outputs, strict=True):
+        numbered = [path]
+        if samples > 1:
+            numbered = [path.with_name(f"{path.stem}_{i}{path.suffix}") for i in range(1, samples + 1)]
+        comparisons = () if compare is None else tuple(comparison_path(each, compare) for each in numbered)
+        name = source.relative_to(input).as_posix() if input.is_dir() else source.name
+        jobs.append(Job(source, name, tuple(numbered), comparisons))
+    return jobs, ignored, unreadable
+
+
+def find_photographs(folder: Path, output: Path) -> tuple[list[Path], int, list[str]]:
+    """The pictures, by suffix, of a folder and those below it, sorted; how many files are none; what cannot be read.
+
+    Hidden files and folders, those of macOS and our own temporary ones among them, do not count. Links to folders are
+    followed, but to each folder once. What lies in the output folder is no input; where the input folder lies in the
+    output folder, this is said of results alone, which have records.
+    """
+    results = os.path.realpath(output)
+    top = os.path.realpath(folder)
+    seen, is_within = {top}, Path(top).is_relative_to(results)
+    paths, ignored, unreadable = [], 0, []
+
+    def complain(error):
+        unreadable.append(f"{error.filename}: cannot be read ({error.strerror})")
+
+    for root, folders, files in os.walk(folder, complain, followlinks=True):
+        targets = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(folders)}
+        folders[:] = [
+            name
+            for name, target in targets.items()
+            if not name.startswith(".") and target not in seen and target != results
+        ]
+        seen.update(targets.values())
+        visible = [Path(root) / name for name in files if not name.startswith(".")]
+        made = _made_files(visible) if is_within else set()
+        pictures = [path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES]
+        ignored += len(visible) - len(pictures)
+        paths += [path for path in pictures if path not in made]
+    return sorted(paths), ignored, unreadable
+
+
+def _made_files(files):
+    """Those of the files of one folder that are results, or comparisons of them."""
+    made = set()
+    for path in files:
+        if path.suffix == ".json" and provenance.read_record(result := path.with_suffix("")) is not None:
+            made |= {result, *(comparison_path(result, compare) for compare in comparison.ENDINGS)}
+    return made
+
+
+def _mirrored(sources, input, output, file_format):
+    """An output for each source, in the place that the source has in its folder."""
+    by_folder, outputs = {}, {}
+    for source in sources:
+        by_folder.setdefault(source.parent, []).append(source)
+    for folder, paths in by_folder.items():
+        for source, name in zip(paths, distinct_names(paths), strict=True):
+            outputs[source] = output / folder.relative_to(input) / f"{name}{_suffix(source, file_format)}"
+    folders = {parent for path in outputs.values() for parent in path.parents}
+    # Beside a.jpg there may be a folder a.png.
+    return [
+        path.with_name(f"{source.name}{path.suffix}") if path in folders else path
+        for source, path in outputs.items()
+    ]
+
+
+def _suffix(source, file_format):
+    if file_format != "same":
+        return f".{file_format}"
+    return source.suffix if source.suffix.lower() in OUTPUT_FORMATS else ".png"
+
+
+def comparison_path(output: Path, compare: str) -> Path:
+    """Where the comparison of a result stands; compare: "side-by-side" for a picture, "slider" for a page of HTML."""
+    ending = comparison.ENDINGS[compare]
+    if ending == ".png" and output.suffix.lower() in (".jpg", ".jpeg"):
+        ending = ".jpg"
+    return output.with_name(f"{output.stem}_compare{ending}")
+
+
+def check_outputs(jobs: list[Job], may_exist: bool) -> None:
+    """Raises ValueError for a file that would be an input or two results, exists and may not, or cannot be written.
+
+    Nothing is written: a refused run leaves no folders behind.
+    """
+    inputs = {_identity(job.source) for job in jobs if os.path.exists(job.source)}
+    written = Counter(path for job in jobs for path in (*job.outputs, *job.comparisons))
+    for path, count in written.items():
+        if count > 1:
+            raise ValueError(f"{path}: would be two results at once; rename the input that is called like it")
+        if not os.path.exists(path):
+            continue
+        # With --overwrite as well: a photograph that its restoration replaced could not be had again.
+        if _identity(path) in inputs:
+            raise ValueError(f"{path}: the output would replace an input; choose another output")
+        if not may_exist:
+            raise ValueError(f"{path}: {EXISTS}")
+    for folder in {path.parent for path in written}:
+        check_writable(folder)
+
+
+def _identity(path):
+    """Equal for two paths of the same file, through links and any spelling of the name."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+# --------------------------------------------------------------------------------------------------
+# The queue
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What the pictures of a run share."""
+
+    restorer: object  # Restorer; not by name, as importing jax takes seconds that planning need not wait
+    weights: dict[str, str]  # {"name", "sha256"}
+    target: TargetConfig
+    restoration: RestorationConfig
+    seed: int  # of the first output of each picture; the next has the next
+    memory: int | None  # bytes; None: the restorer's own choice
+    compare: str | None
+    prompts: dict[Path, tuple[str, str] | None]  # of each source, prompt and negative prompt
+    embeddings: dict[str, np.ndarray]  # of the prompts of all sources that may have to be restored
+    skip_existing: bool = False
+    overwrite: bool = False
+    locks: Path | None = None  # folder; None: nobody shares the work
+
+    def settings(self, job: Job, index: int) -> dict:
+        """As in the record of an output."""
+        return provenance.settings(
+            self.target,
+            self.restoration,
+            self.seed + index,
+            self.restorer.config.dit.attention,
+            self.memory,
+            *(self.prompts[job.source] or ()),
+        )
+
+    def texts(self, job: Job) -> dict:
+        """What `Restorer.restore` takes as {"text", "negative_text"}."""
+        names = ("text", "negative_text")
+        words = self.prompts[job.source]
+        return (
+            {} if words is None else {name: self.embeddings[w] for name, w in zip(names, words, strict=True)}
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Taken:
+    """A job that this process has taken, with the photograph, where one of its outputs is to be made."""
+
+    job: Job
+    settled: dict[int, tuple[str, str]]  # outputs that are not to be made: index -> (what they count as, why)
+    lock: FileLock | None = None
+    photograph: Photograph | None = None
+    digest: str = ""  # sha256 of the source
+    size: tuple[int, int] = (0, 0)  # of the result
+    seconds: float = 0.0  # that reading took
+
+
+class StoppedError(Exception):
+    """Ends a restoration that is not wanted any more."""
+
+
+def restore_all(
+    run: Run,
+    jobs: list[Job],
+    stopped: list,
+    report: Callable[[str, float, str], None] = lambda name, done, phase: None,
+    complain: Callable[[str], None] = lambda sentence: None,
+) -> dict:
+    """Make the outputs of all jobs that do not stand; what was restored, kept, failed and made by others.
+
+    stopped: ends the run once it is not empty; what is being written is finished, the picture in work dropped. report
+    is told a picture's name, how many outputs are done, the parts of one among them, and the phase; complain, each
+    failure. Raises DiskFullError where no further picture could be written.
+    """
+    from zipir_jax.restorer import PHASES
+
+    counts = Counter()
+    failed = []
+    before = {path: _state(path) for job in jobs for path in job.outputs}
+    over = threading.Event()
+    start = time.monotonic()
+
+    def settle(job, index, kind, reason=""):
+        counts[kind] += 1
+        if kind == "failed":
+            output = job.outputs[index]
+            # The summary does not say where the folders lie.
+            reason = reason.removeprefix(f"{job.source}: ").replace(f"{output}: ", f"{output.name}: ")
+            failed.append({"input": job.name, "output": output.name, "reason": reason})
+            complain(f"{job.source}: {reason}")
+        report(job.name, counts.total(), "")
+
+    def settle_written():
+        """Wait for what is being written."""
+        while writing:
+            job, index, future = writing.pop()
+            try:
+                future.result()
+            except DiskFullError:
+                settle(job, index, "failed", "the disk is full")
+                raise
+            except (ValueError, OSError, MemoryError) as error:
+                settle(job, index, "failed", str(error) or "the memory does not hold it")
+            else:
+                settle(job, index, "restored")
+
+    def restore(taken, index):
+        """float32 pixels, and the seconds of each phase."""
+        began, seconds = {}, {}
+
+        def progress(phase, done):
+            if stopped:
+                raise StoppedError
+            now = time.monotonic()
+            began.setdefault(phase, now)
+            seconds[phase] = now - began[phase]
+            share = (PHASES.index(phase) + done) / len(PHASES)
+            report(taken.job.name, counts.total() + share, phase)
+
+        restored = run.restorer.restore(
+            taken.photograph.pixels,
+            size=taken.size,
+            sampling=run.restoration.sampling,
+            colour_correction=run.restoration.colour_correction,
+            seed=run.seed + index,
+            memory=run.memory,
+            progress=progress,
+            **run.texts(taken.job),
+        )
+        return restored, {"read": taken.seconds, **seconds}
+
+    writing = []  # (job, index, future) of what is being written, one at most
+    with (
+        concurrent.futures.ThreadPoolExecutor(1, "read") as reader,
+        concurrent.futures.ThreadPoolExecutor(1, "write") as writer,
+    ):
+        queue = take_all(run, jobs, before, lambda: over.is_set() or stopped)
+        ahead = reader.submit(next, queue, None)
+        try:
+            while (taken := ahead.result()) is not None:
+                ahead = reader.submit(next, queue, None)
+                try:
+                    for index, (kind, reason) in taken.settled.items():
+                        settle(taken.job, index, kind, reason)
+                    for index in range(len(taken.job.outputs)):
+                        if index in taken.settled:
+                            continue
+                        try:
+                            restored, seconds = restore(taken, index)
+                        except ValueError as error:
+                            settle(taken.job, index, "failed", str(error))
+                            continue
+                        settle_written()
+                        future = writer.submit(write_output, run, taken, index, restored, seconds)
+                        writing.append((taken.job, index, future))
+                        del restored
+                finally:
+                    writer.submit(_release, taken)  # after what is being written of it
+                del taken
+            settle_written()
+        except StoppedError:
+            settle_written()
+        finally:
+            over.set()
+            with contextlib.suppress(Exception):
+                _release(ahead.result())
+    seconds = time.monotonic() - start
+    return {
+        "restored": counts["restored"],
+        "kept": counts["kept"],
+        "made_by_others": counts["made_by_others"],
+        "failed": failed,
+        "seconds": round(seconds, 1),
+        "pictures_per_minute": round(60 * counts["restored"] / seconds, 2),
+    }
+
+
+def take_all(
+    run: Run, jobs: list[Job], before: dict[Path, object], is_over: Callable[[], object]
+) -> Iterator[Taken]:
+    """The jobs, as far as this process gets hold of them; at last those that other processes leave undone.
+
+    before: `_state` of all outputs as the run began.
+    """
+    remaining = jobs
+    while remaining:
+        held = []
+        for job in remaining:
+            if is_over():
+                return
+            taken = _take(run, job, before)
+            if taken is None:
+                held.append(job)
+            else:
+                yield taken
+                del taken
+        if len(held) == len(remaining):
+            time.sleep(POLL)
+        remaining = held
+
+
+def _take(run, job, before):
+    """A Taken; None for a job that another process holds."""
+    digest = functools.cache(lambda: provenance.file_digest(job.source))
+    settled, lock = {}, None
+    try:
+        _check_source(job)
+        if not run.overwrite:
+            settled = _settled(run, job, before, digest)
+    except (ValueError, OSError) as error:
+        return _failed(job, error)
+    if len(settled) == len(job.outputs):
+        return Taken(job, settled)
+    if run.locks is not None and (lock := _claim(run.locks, job)) is None:
+        return None
+    try:
+        # Again: another process may have made it between the look and the claim.
+        settled = _settled(run, job, before, digest)
+        if len(settled) == len(job.outputs):
+            return Taken(job, settled, lock)
+        return _read(run, job, settled, lock)
+    except (ValueError, OSError, MemoryError) as error:
+        return _failed(job, error, settled, lock)
+
+
+def _failed(job, error, settled=None, lock=None):
+    if isinstance(error, OSError):
+        reason = f"cannot be read ({error.strerror})"
+    else:
+        reason = str(error) or "the image does not fit into memory"
+    return Taken(job, dict.fromkeys(range(len(job.outputs)), ("failed", reason)) | (settled or {}), lock)
+
+
+def _check_source(job):
+    if not job.source.is_file():  # a pipe would be waited for
+        kind = "a link to nothing" if job.source.is_symlink() else "not a regular file"
+        raise ValueError(f"{job.source}: {kind if os.path.lexists(job.source) else 'no such file'}")
+    for path in (*job.outputs, *job.comparisons):
+        excess = len(os.fsencode(path.name)) + LONGEST_ENDING - LONGEST_NAME
+        if excess > 0:
+            raise ValueError(f"{job.source}: its name is {excess} bytes too long for a result and its record")
+
+
+def _settled(run, job, before, digest):
+    """What outputs that stand count as: index -> (kind, reason); an output that is not in it is to be made."""
+    settled = {}
+    for index, output in enumerate(job.outputs):
+        state = _state(output)
+        if state is None:
+            continue
+        is_new = state != before[output]
+        found = provenance.read_record(output)
+        settings = run.settings(job, index)
+        if run.overwrite and not is_new:
+            if found and provenance.gives_same_file(found, output, digest(), settings, run.weights):
+                settled[index] = "kept", ""
+        elif not (run.skip_existing or is_new):
+            settled[index] = "failed", f"{output.name}: {EXISTS}"
+        elif found is None:
+            settled[index] = "made_by_others" if is_new else "kept", ""
+        else:
+            size = target_of(run, (found["input"]["height"], found["input"]["width"]))
+            reasons = provenance.differences(found, digest(), settings, run.weights, size)
+            if not reasons and found["output"].get("bytes") != os.path.getsize(output):
+                reasons = ["by somebody else since its record was written"]
+            if reasons:
+                settled[index] = (
+                    "failed",
+                    f"{output.name}: made {', '.join(reasons)}; --overwrite replaces it",
+                )
+            else:
+                settled[index] = "made_by_others" if is_new else "kept", ""
+    return settled
+
+
+def target_of(run: Run, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the result of a photograph of this size. Raises ValueError as `target_pixels`."""
+    from zipir_jax.restorer import target_pixels
+
+    return target_pixels(run.target, size)
+
+
+def _claim(locks, job):
+    """A lock that this process holds, or None where another does."""
+    name = hashlib.sha256(os.fsencode(job.name)).hexdigest()[:32]
+    # Without flock a lock would be a file that a killed process leaves behind for good.
+    lock = FileLock(locks / f"{name}.lock", thread_local=False, fallback_to_soft=False)
+    while True:
+        try:
+            locks.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+        except Timeout:
+            return None
+        except FileNotFoundError:  # another process was through, and removed the folder
+            continue
+        except OSError as error:
+            raise ValueError(f"{locks}: files cannot be locked here ({error.strerror})") from None
+        return lock
+
+
+def _release(taken):
+    """Give a claim up. The lock's file goes where all is made: nobody will claim it again."""
+    if taken is None or taken.lock is None:
+        return
+    path = Path(taken.lock.lock_file)
+    if all(os.path.exists(output) for output in taken.job.outputs):
+        path.unlink(missing_ok=True)
+    taken.lock.release()
+    with contextlib.suppress(OSError):  # where there are others
+        path.parent.rmdir()
+
+
+def _read(run, job, settled, lock):
+    """Whether it can be restored is known from the header: nobody waits for pixels that are then refused."""
+    start = time.monotonic()
+    size = photograph_size(job.source)
+    target = target_of(run, size)
+    for index, output in enumerate(job.outputs):
+        if index not in settled:
+            check_output(output, target)
+            check_replaceable(output)
+            record = provenance.record_path(output)
+            if os.path.lexists(record) and not run.overwrite and provenance.read_record(output) is None:
+                raise ValueError(f"{record.name}: exists already and is no record of a result")
+    _plan(run, job, size, target)
+    data = job.source.read_bytes()
+    photograph = read_photograph(job.source, data)
+    digest = hashlib.sha256(data).hexdigest()
+    # The file may have been replaced since its header was read.
+    target = target_of(run, photograph.pixels.shape[:2])
+    return Taken(job, settled, lock, photograph, digest, target, time.monotonic() - start)
+
+
+def plan_lines(run: Run, job: Job) -> list[str]:
+    """How `restore_all` would make the outputs of a job that do not stand. Raises ValueError where it would not."""
+    _check_source(job)
+    before = {path: _state(path) for path in job.outputs}
+    settled = _settled(run, job, before, lambda: provenance.file_digest(job.source))
+    kinds = dict(settled.values())
+    if "failed" in kinds:
+        raise ValueError(f"{job.source}: {kinds['failed']}")
+    if len(settled) == len(job.outputs):
+        return ["is kept"]
+    size = photograph_size(job.source)
+    target = target_of(run, size)
+    for output in job.outputs:
+        check_output(output, target)
+    return _plan(run, job, size, target).lines()
+
+
+def _plan(run, job, size, target):
+    sampling, memory = run.restoration.sampling, run.memory
+    try:
+        return run.restorer.plan((*size, 3), size=target, sampling=sampling, memory=memory, **run.texts(job))
+    except ValueError as error:  # the restorer knows no files
+        raise ValueError(f"{job.source}: {error}") from None
+
+
+def write_output(run: Run, taken: Taken, index: int, restored: np.ndarray, seconds: dict[str, float]) -> None:
+    """Write the record, then the comparison, and at last the result, whose being there says that all is done."""
+    job, photograph, output = taken.job, taken.photograph, taken.job.outputs[index]
+    start = time.monotonic()
+    result = photograph.with_pixels(restored)
+    encoded = io.BytesIO()
+    not_kept = write_photograph(encoded, result, OUTPUT_FORMATS[output.suffix.lower()])
+    seconds = seconds | {"write": time.monotonic() - start}
+    written = provenance.record(
+        job.name,
+        taken.digest,
+        photograph,
+        output.name,
+        encoded.getbuffer(),
+        result,
+        run.settings(job, index),
+        run.weights,
+        seconds,
+        not_kept,
+    )
+    with replacing(provenance.record_path(output)) as file:
+        file.write(provenance.as_json(written))
+    if run.compare is not None:
+        path = job.comparisons[index]
+        with replacing(path) as file:
+            if run.compare == "slider":
+                file.write(comparison.slider_html(photograph.pixels, result.pixels, job.name).encode())
+            else:
+                both = comparison.side_by_side(photograph.pixels, result.pixels)
+                write_photograph(file, Photograph(both), OUTPUT_FORMATS[path.suffix])
+    with replacing(output) as file:
+        file.write(encoded.getbuffer())
+
+
+def _state(path):
+    """Changes when a file is replaced; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns
+
+
+# --------------------------------------------------------------------------------------------------
+# The summary
+# --------------------------------------------------------------------------------------------------
+
+
+def check_summary(folder: Path) -> None:
+    """Raises ValueError where something else stands in the place of the summary."""
+    path = folder / SUMMARY
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not (isinstance(found, dict) and "pictures_per_minute" in found):
+        raise ValueError(f"{path}: is no summary of restored photographs; choose another output")
+
+
+def write_summary(folder: Path, jobs: list[Job], counts: dict, ignored: int, unreadable: list[str]) -> dict:
+    """Write what this process did, and what stands in the folder, whoever made it, by its records; returns it.
+
+    counts: of `restore_all`.
+    """
+    seconds, done = Counter(), 0
+    for output in (output for job in jobs for output in job.outputs):
+        if os.path.exists(output):
+            done += 1
+            found = provenance.read_record(output)
+            seconds.update(found.get("seconds", {}) if found else {})
+    expected = sum(len(job.outputs) for job in jobs)
+    summary = {
+        **counts,
+        "ignored": ignored,
+        "unreadable_folders": unreadable,
+        "folder": {
+            "expected": expected,
+            "done": done,
+            "seconds": {phase: round(spent, 1) for phase, spent in seconds.items()},
+        },
+    }
+    with replacing(folder / SUMMARY) as file:
+        file.write(provenance.as_json(summary))
+    return summary
+
+
+def summary_lines(summary: dict) -> list[str]:
+    """What a person reads."""
+    failed = [f"failed: {each['input']}: {each['reason']}" for each in summary["failed"]]
+    failed += [f"failed: {sentence}" for sentence in summary["unreadable_folders"]]
+    counts = ", ".join(
+        f"{name.replace('_', ' ')} {summary[name]}" for name in ("restored", "kept", "made_by_others")
+    )
+    return [
+        *failed,
+        f"{counts}, failed {len(failed)}; {summary['seconds']:.1f} s, {summary['pictures_per_minute']:.1f} pictures a "
+        f"minute; {summary['folder']['done']} of {summary['folder']['expected']} are there",
+    ]
