@@ -9,6 +9,7 @@ Behind it: resize to the target and pad, encode with the LP-VAE, sample the DiT,
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,9 +27,14 @@ from zipir_jax.config import (
     TargetConfig,
     check_seed,
 )
-from zipir_jax.diffusion.guidance import classifier_free_guidance, guided_timesteps, restoration_guidance
+from zipir_jax.diffusion.guidance import (
+    classifier_free_guidance,
+    conditions,
+    guided_timesteps,
+    restoration_guidance,
+)
 from zipir_jax.diffusion.objective import add_noise, predict_clean
-from zipir_jax.diffusion.samplers import initial_noise, sample
+from zipir_jax.diffusion.samplers import Step, begin, initial_noise, plan_steps, sample, take_step
 from zipir_jax.diffusion.schedule import linear_schedule, sampling_timesteps
 from zipir_jax.imageio import LARGEST_SIDE, resize, to_float, to_uint8
 from zipir_jax.models.attention import check_implementation
@@ -59,37 +65,89 @@ def denoise_latent(
     `negative_text`, of the same shapes, and with `sampling.weak_lq`; with both the negative branch has both. Raises
     ValueError for more steps than the shifted schedule has.
     """
-    dit = bind(DiT, config.dit, weights["dit"])
-    lq = whiten(lq_latent, weights["statistics"])
-    schedule, prediction = linear_schedule(config.diffusion), config.diffusion.prediction
-    condition, negative = text or {}, negative_text
-    shared = {}
-    # What does not change from step to step is read once; an LQ latent that both branches have, once for both.
-    if sampling.weak_lq is None:
+    steps, numbers = sampling_numbers(config, sampling, lq_latent.shape)
+    read, start = read_conditions(weights, config, numbers, lq_latent, keys, text, negative_text)
+    latent = sample(denoiser(weights, config, numbers, read), keys, start, steps)
+    return unwhiten(latent, weights["statistics"])
+
+
+def sampling_numbers(
+    config: ModelConfig, sampling: SamplingConfig, shape: tuple[int, ...]
+) -> tuple[Step, dict]:
+    """The steps for latents of a shape [b, h, w, c], and {field of SamplingConfig: number} of what acts beside them.
+
+    As numpy arrays: a compiled program is given them, so that it does for all values. What does not act is None, and no
+    part of the program. Raises ValueError for more steps than the shifted schedule has.
+    """
+    schedule, diffusion = linear_schedule(config.diffusion), config.diffusion
+    timesteps = sampling_timesteps(schedule, sampling, math.prod(shape[1:3]) // config.dit.patch**2)
+    interval = tuple(np.int32(bound) for bound in guided_timesteps(sampling, diffusion.train_timesteps))
+    numbers = {
+        "guidance": None if sampling.guidance == 1 else np.float32(sampling.guidance),
+        "guidance_interval": None if sampling.guidance_interval == (0, 1) else interval,
+        "guidance_rescale": np.float32(sampling.guidance_rescale) if sampling.guidance_rescale else None,
+        "weak_lq": None if sampling.weak_lq is None else np.float32(sampling.weak_lq),
+        "start": np.int32(timesteps[0]) if sampling.start < 1 else None,  # the timestep
+        "fidelity": np.float32(sampling.fidelity) if sampling.fidelity else None,
+    }
+    return plan_steps(schedule, timesteps, sampling.sampler, sampling.eta), numbers
+
+
+def read_conditions(
+    weights: dict,
+    config: ModelConfig,
+    numbers: dict,
+    lq_latent: Float[Array, "b h w c"],
+    keys: Key[Array, " b"],
+    text: dict | None = None,
+    negative_text: dict | None = None,
+) -> tuple[dict, Float32[Array, "b h w c"]]:
+    """What does not change from step to step, read once, and the latent that sampling starts from.
+
+    numbers: of `sampling_numbers`; other arguments as of `denoise_latent`. The first is {"lq": the whitened latent,
+    "conditions": {name in `guidance.conditions`: what the DiT read of it}, "shared": what it read for all of them}.
+    """
+    dit, lq = bind(DiT, config.dit, weights["dit"]), whiten(lq_latent, weights["statistics"])
+    condition, negative, shared = text or {}, negative_text, {}
+    if numbers["guidance"] is None:
+        negative = None
+    if numbers["guidance"] is None or numbers["weak_lq"] is None:
         shared = dit.read_lq(lq)
     else:
-        negative = {"lq": sampling.weak_lq * lq} | (condition if negative is None else negative)
+        negative = {"lq": numbers["weak_lq"] * lq} | (condition if negative is None else negative)
         condition = {"lq": lq} | condition
 
-    def prepare(condition):
-        read = dict(shared)
-        if "lq" in condition:
-            read |= dit.read_lq(condition["lq"])
+    def read(condition):
+        found = dit.read_lq(condition["lq"]) if "lq" in condition else {}
         if "text" in condition:
-            read |= dit.read_text(condition["text"], condition["text_lengths"])
-        return functools.partial(dit.denoise, condition=read)
+            found |= dit.read_text(condition["text"], condition["text_lengths"])
+        return found
 
-    timesteps_of_training = config.diffusion.train_timesteps
-    predict = classifier_free_guidance(prepare, sampling, timesteps_of_training, condition, negative)
-    denoise = predict_clean(predict, prediction, schedule)
-    denoise = restoration_guidance(denoise, sampling.fidelity, lq, config.lp_vae.coarse.decoder_channels)
-
-    timesteps = sampling_timesteps(schedule, sampling, math.prod(lq.shape[1:3]) // config.dit.patch**2)
+    given = conditions(condition, negative, numbers["guidance_interval"] is not None)
+    found = {"lq": lq, "shared": shared, "conditions": {name: read(given[name]) for name in given}}
     start = initial_noise(keys, lq.shape[1:])
-    if sampling.start < 1:
-        start = add_noise(lq, start, jnp.full(len(lq), timesteps[0]), schedule)
-    latent = sample(denoise, keys, start, schedule, timesteps, sampling.sampler, sampling.eta)
-    return unwhiten(latent, weights["statistics"])
+    if numbers["start"] is not None:
+        start = add_noise(lq, start, jnp.full(len(lq), numbers["start"]), linear_schedule(config.diffusion))
+    return found, start
+
+
+def denoiser(
+    weights: dict, config: ModelConfig, numbers: dict, read: dict
+) -> Callable[[Array, Array], Array]:
+    """`denoise(noisy, timesteps) -> z_0`, whitened, guided as the numbers say; read: the first of `read_conditions`."""
+    dit = bind(DiT, config.dit, weights["dit"])
+    predicts = {
+        name: functools.partial(dit.denoise, condition=read["shared"] | condition)
+        for name, condition in read["conditions"].items()
+    }
+    predict = classifier_free_guidance(
+        predicts, numbers["guidance"], numbers["guidance_rescale"], numbers["guidance_interval"]
+    )
+    denoise = predict_clean(predict, config.diffusion.prediction, linear_schedule(config.diffusion))
+    if numbers["fidelity"] is None:
+        return denoise
+    channels = config.lp_vae.coarse.decoder_channels
+    return restoration_guidance(denoise, numbers["fidelity"], read["lq"], channels)
 
 
 def branches_of(sampling: SamplingConfig, has_negative_text: bool) -> int:
@@ -276,9 +334,7 @@ class Restorer:
         progress("encode", 1.0)
         if sampling is not None:
             progress("denoise", 0.0)
-            latent = _denoise(self.config, sampling, self.weights, latent, keys, *texts)
-            jax.block_until_ready(latent)
-            progress("denoise", 1.0)
+            latent = _denoise(self.config, sampling, self.weights, latent, keys, *texts, progress)
         progress("decode", 0.0)
         restored = np.asarray(_decode(self.config, plan.decode, self.weights, latent, lq))
         restored = restored[:, MARGIN : MARGIN + height, MARGIN : MARGIN + width]
@@ -327,9 +383,33 @@ def _encode(config, tiling, weights, lq):
     return encode(weights, config.lp_vae, lq, tiling)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _denoise(config, sampling, weights, lq_latent, keys, text, negative_text):
-    return denoise_latent(weights, config, sampling, lq_latent, keys, text, negative_text)
+def _denoise(config, sampling, weights, lq_latent, keys, text, negative_text, progress):
+    """`denoise_latent` step by step, in programs that serve any number of steps and any strength of what acts."""
+    steps, numbers = sampling_numbers(config, sampling, lq_latent.shape)
+    read, carry = _read(config, weights, numbers, lq_latent, keys, text, negative_text)
+    latent = None
+    for index in range(sampling.steps):
+        step, before = jax.tree.map(operator.itemgetter(index), steps), latent
+        carry, latent = _take_step(config, weights, numbers, read, keys, carry, step)
+        if before is not None:  # waited for while the next one runs already: the device never waits
+            jax.block_until_ready(before)
+            progress("denoise", index / sampling.steps)
+    jax.block_until_ready(latent)
+    progress("denoise", 1.0)
+    return latent
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(config, weights, numbers, lq_latent, keys, text, negative_text):
+    read, start = read_conditions(weights, config, numbers, lq_latent, keys, text, negative_text)
+    return read, begin(start)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="carry")
+def _take_step(config, weights, numbers, read, keys, carry, step):
+    """The carry after a step, and the latent that it ends with, which is there when the next step has the carry."""
+    carry = take_step(denoiser(weights, config, numbers, read), keys, carry, step)
+    return carry, unwhiten(carry[0], weights["statistics"])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="lq")  # the result takes its place

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from zipir_jax.config import DiffusionConfig, SamplingConfig
-from zipir_jax.diffusion.guidance import classifier_free_guidance, guided_timesteps, restoration_guidance
+from zipir_jax.diffusion.guidance import (
+    classifier_free_guidance,
+    conditions,
+    guided_timesteps,
+    restoration_guidance,
+)
 from zipir_jax.diffusion.objective import predict_clean
 from zipir_jax.diffusion.schedule import linear_schedule
 
@@ -31,8 +36,14 @@ def denoise(noisy, timesteps, condition):
     return jnp.tanh(noisy * text + condition["latent"]) + timesteps[:, None, None, None] / 1000
 
 
-def guide(prepare, config, condition, negative=None):
-    return classifier_free_guidance(prepare, config, 1000, condition, negative)
+def guide(prepare, condition, negative=None, guidance=3.5, share=None, interval=None):
+    """The guided prediction; interval: of noise levels."""
+    timesteps = (
+        None if interval is None else guided_timesteps(SamplingConfig(guidance_interval=interval), 1000)
+    )
+    given = conditions(condition, negative, interval is not None)
+    predicts = {name: prepare(found) for name, found in given.items()}
+    return classifier_free_guidance(predicts, guidance, share, timesteps)
 
 
 def prepare(condition):
@@ -63,25 +74,23 @@ def make_counted(calls):
 @pytest.mark.parametrize("guidance", [3.5, 0.0, -1.0, 1.5])
 def test_one_call_gives_the_formula_of_two(guidance, counted, calls):
     condition, negative = make_condition(1), make_condition(2)
-    eps = jax.jit(guide(counted, SamplingConfig(guidance=guidance), condition, negative))(NOISY, TIMESTEPS)
+    eps = jax.jit(guide(counted, condition, negative, guidance))(NOISY, TIMESTEPS)
     assert calls == [("prepare", 2 * BATCH), ("denoise", 2 * BATCH)]
     with_, without = denoise(NOISY, TIMESTEPS, condition), denoise(NOISY, TIMESTEPS, negative)
     np.testing.assert_allclose(eps, without + guidance * (with_ - without), atol=2e-5)
     assert np.abs(np.asarray(eps - with_)).max() > 0.1
 
 
-def test_guidance_one_and_no_negative_call_the_plain_batch(counted, calls):
-    condition, negative = make_condition(1), make_condition(2)
-    expected = denoise(NOISY, TIMESTEPS, condition)
-    for given in ((SamplingConfig(guidance=1.0), condition, negative), (SamplingConfig(), condition)):
-        denoise_guided = guide(counted, *given)
-        np.testing.assert_array_equal(denoise_guided(NOISY, TIMESTEPS), expected)
-    assert calls == 2 * [("prepare", BATCH), ("denoise", BATCH)]
+def test_without_a_negative_condition_the_plain_batch_is_called(counted, calls):
+    condition = make_condition(1)
+    found = guide(counted, condition, interval=(0.2, 0.6))(NOISY, TIMESTEPS)
+    np.testing.assert_array_equal(found, denoise(NOISY, TIMESTEPS, condition))
+    assert calls == [("prepare", BATCH), ("denoise", BATCH)]
 
 
 def test_equal_conditions_cancel_at_any_guidance():
     condition = make_condition(1)
-    eps = guide(prepare, SamplingConfig(guidance=7.5), condition, condition)(NOISY, TIMESTEPS)
+    eps = guide(prepare, condition, condition, guidance=7.5)(NOISY, TIMESTEPS)
     np.testing.assert_allclose(eps, denoise(NOISY, TIMESTEPS, condition), atol=1e-6)
 
 
@@ -89,7 +98,7 @@ def test_difference_is_taken_in_float32():
     def low_precision(condition):
         return lambda *args: denoise(*args, condition).astype(jnp.bfloat16)
 
-    eps = guide(low_precision, SamplingConfig(), make_condition(1), make_condition(2))(NOISY, TIMESTEPS)
+    eps = guide(low_precision, make_condition(1), make_condition(2))(NOISY, TIMESTEPS)
     assert eps.dtype == jnp.float32
     with_, without = (
         np.asarray(low_precision(make_condition(seed))(NOISY, TIMESTEPS), np.float32) for seed in (1, 2)
@@ -101,13 +110,12 @@ def test_conditions_of_different_structure_are_refused():
     negative = make_condition(2)
     del negative["latent"]
     with pytest.raises(ValueError, match="latent"):
-        guide(prepare, SamplingConfig(), make_condition(1), negative)
+        guide(prepare, make_condition(1), negative)
 
 
 def test_outside_the_interval_the_model_is_called_once(counted, calls):
-    config = SamplingConfig(guidance_interval=(0.2, 0.6))
-    predict = guide(counted, config, make_condition(1), make_condition(2))
-    always = guide(prepare, SamplingConfig(), make_condition(1), make_condition(2))
+    predict = guide(counted, make_condition(1), make_condition(2), interval=(0.2, 0.6))
+    always = guide(prepare, make_condition(1), make_condition(2))
     for timestep, branches in ((100, 1), (198, 1), (199, 2), (500, 2), (599, 2), (600, 1), (999, 1)):
         calls.clear()
         timesteps = jnp.full(BATCH, timestep)
@@ -122,8 +130,7 @@ def test_outside_the_interval_the_model_is_called_once(counted, calls):
 
 def test_rescaled_guidance_has_the_deviation_of_the_conditional_prediction():
     def predict(share):
-        config = SamplingConfig(guidance=8.0, guidance_rescale=share)
-        found = guide(prepare, config, make_condition(1), make_condition(2))(NOISY, TIMESTEPS)
+        found = guide(prepare, make_condition(1), make_condition(2), 8.0, share)(NOISY, TIMESTEPS)
         return np.asarray(found)
 
     conditional = np.asarray(denoise(NOISY, TIMESTEPS, make_condition(1)))
@@ -145,7 +152,7 @@ def test_guidance_of_the_prediction_is_guidance_of_the_clean_latent(prediction):
         predict_clean(prepare(condition), prediction, schedule)(NOISY, TIMESTEPS)
         for condition in (first, second)
     )
-    found = predict_clean(guide(prepare, SamplingConfig(), first, second), prediction, schedule)
+    found = predict_clean(guide(prepare, first, second), prediction, schedule)
     expected = without + 3.5 * (with_ - without)
     np.testing.assert_allclose(found(NOISY, TIMESTEPS), expected, rtol=1e-4, atol=1e-3)
 
@@ -157,14 +164,13 @@ def test_fidelity_pulls_the_first_channels_alone():
         return jnp.tanh(noisy)
 
     plain = clean(NOISY, TIMESTEPS)
-    assert restoration_guidance(clean, 0.0, target, 3) is clean  # off costs nothing
     distances = []
-    for strength in (0.25, 0.5, 1.0):
+    for strength in (0.0, 0.25, 0.5, 1.0):
         pulled = restoration_guidance(clean, strength, target, 3)(NOISY, TIMESTEPS)
         np.testing.assert_array_equal(pulled[..., 3:], plain[..., 3:])
         distances.append(np.abs(pulled - target)[..., :3].mean())
     first = np.abs(plain - target)[..., :3].mean()
-    np.testing.assert_allclose(distances, first * np.array([0.75, 0.5, 0]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(distances, first * np.array([1, 0.75, 0.5, 0]), rtol=1e-5, atol=1e-6)
 
 
 def test_the_interval_has_its_bounds_at_every_level():
@@ -175,8 +181,7 @@ def test_the_interval_has_its_bounds_at_every_level():
                 continue
             config = SamplingConfig(guidance_interval=interval)
             assert timestep in guided_timesteps(config, 1000)
-    config = SamplingConfig(guidance_interval=(0.0, 0.901))
-    compiled = jax.jit(guide(prepare, config, make_condition(1), make_condition(2)))
+    compiled = jax.jit(guide(prepare, make_condition(1), make_condition(2), interval=(0.0, 0.901)))
     alone, both = (compiled(NOISY, jnp.full(BATCH, timestep)) for timestep in (901, 900))
     np.testing.assert_allclose(alone, denoise(NOISY, jnp.full(BATCH, 901), make_condition(1)), atol=1e-5)
     assert np.abs(both - denoise(NOISY, jnp.full(BATCH, 900), make_condition(1))).max() > 0.1
@@ -185,6 +190,6 @@ def test_the_interval_has_its_bounds_at_every_level():
 def test_rescaling_what_is_flat_leaves_it():
     flat = guide(
         lambda condition: lambda noisy, timesteps: jnp.zeros_like(noisy),
-        SamplingConfig(guidance_rescale=0.7), make_condition(1), make_condition(2),
+        make_condition(1), make_condition(2), share=0.7,
     )  # fmt: skip
     np.testing.assert_array_equal(flat(NOISY, TIMESTEPS), 0)

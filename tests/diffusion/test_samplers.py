@@ -8,7 +8,7 @@ import pytest
 from zipir_jax.config import DiffusionConfig
 from zipir_jax.diffusion import samplers
 from zipir_jax.diffusion.objective import predict_clean
-from zipir_jax.diffusion.samplers import initial_noise, sample
+from zipir_jax.diffusion.samplers import begin, initial_noise, plan_steps, sample, take_step
 from zipir_jax.diffusion.schedule import linear_schedule, spaced_timesteps
 
 DIFFUSERS = pathlib.Path(__file__).parents[1] / "parity" / "samplers.npz"
@@ -48,7 +48,8 @@ def trajectory(denoise, keys, noisy, timesteps, sampler="ddim", eta=0.0, schedul
         return denoise(noisy, timesteps)
 
     with jax.disable_jit():
-        latents.append(np.asarray(sample(recorded, keys, noisy, schedule, timesteps, sampler, eta)))
+        steps = plan_steps(schedule, timesteps, sampler, eta)
+        latents.append(np.asarray(sample(recorded, keys, noisy, steps)))
     return np.stack(latents)
 
 
@@ -89,7 +90,8 @@ def test_samplers_give_the_numbers_of_diffusers(sampler, spacing, steps, eta, mo
     assert latents.shape == expected.shape
     tolerance = {"atol": 1e-5 * np.abs(expected).max(), "rtol": 1e-5}
     np.testing.assert_allclose(latents, expected, **tolerance)
-    compiled = jax.jit(lambda noisy: sample(denoise, keys, noisy, SCHEDULE, timesteps, sampler, eta))
+    steps = plan_steps(SCHEDULE, timesteps, sampler, eta)
+    compiled = jax.jit(lambda noisy: sample(denoise, keys, noisy, steps))
     np.testing.assert_allclose(compiled(expected[0]), expected[-1], **tolerance)
 
 
@@ -124,7 +126,9 @@ def test_samplers_end_where_the_probability_flow_does(sampler):
     exact = mean + std * (np.asarray(noisy) - signal * mean) / np.sqrt(signal**2 * std**2 + noise**2)
     errors = []
     for steps in (100, 400):
-        found = sample(gaussian_denoise(mean, std), keys, noisy, SCHEDULE, trailing(steps), sampler)
+        found = sample(
+            gaussian_denoise(mean, std), keys, noisy, plan_steps(SCHEDULE, trailing(steps), sampler)
+        )
         errors.append(np.abs(np.asarray(found) - exact).max())
     assert errors[1] < 0.3 * errors[0] < 0.02
 
@@ -133,10 +137,10 @@ def test_samplers_end_where_the_probability_flow_does(sampler):
 def test_last_step_returns_the_predicted_clean_latent(sampler):
     keys = jax.random.split(jax.random.key(2), 2)
     noisy = initial_noise(keys, SHAPE)
-    found = sample(toy_denoise, keys, noisy, SCHEDULE, trailing(1), sampler)
+    found = sample(toy_denoise, keys, noisy, plan_steps(SCHEDULE, trailing(1), sampler))
     np.testing.assert_allclose(found, toy_denoise(noisy, jnp.full(2, 999)), rtol=1e-5)
     if sampler == "ddim":
-        found = sample(toy_denoise, keys, noisy, SCHEDULE, trailing(1), sampler, eta=1.0)
+        found = sample(toy_denoise, keys, noisy, plan_steps(SCHEDULE, trailing(1), sampler, eta=1.0))
         np.testing.assert_allclose(found, toy_denoise(noisy, jnp.full(2, 999)), rtol=1e-5)
 
 
@@ -148,7 +152,7 @@ def test_sampling_starts_from_no_signal_at_all(sampler):
     keys = jax.random.split(jax.random.key(1), 2)
     noisy = initial_noise(keys, SHAPE)
     denoise = gaussian_denoise(mean, std, schedule)
-    found = sample(denoise, keys, noisy, schedule, trailing(200), sampler)
+    found = sample(denoise, keys, noisy, plan_steps(schedule, trailing(200), sampler))
     np.testing.assert_allclose(found, mean + std * np.asarray(noisy), atol=0.05)
 
 
@@ -178,7 +182,7 @@ def test_samples_have_the_variance_of_the_data_with_eta_one():
 
     def draw(keys):
         noisy = initial_noise(keys, (64, 64, 1))
-        return sample(gaussian_denoise(mean, std), keys, noisy, SCHEDULE, trailing(500), eta=1.0)
+        return sample(gaussian_denoise(mean, std), keys, noisy, plan_steps(SCHEDULE, trailing(500), eta=1.0))
 
     samples = np.asarray(jax.jit(draw)(keys))
     assert abs(samples.mean() - mean) < 0.03
@@ -191,7 +195,9 @@ def test_an_image_does_not_depend_on_its_neighbours(sampler, eta):
 
     @jax.jit
     def draw(keys):
-        return sample(toy_denoise, keys, initial_noise(keys, SHAPE), SCHEDULE, trailing(10), sampler, eta)
+        return sample(
+            toy_denoise, keys, initial_noise(keys, SHAPE), plan_steps(SCHEDULE, trailing(10), sampler, eta)
+        )
 
     together = draw(keys)
     for image in range(3):
@@ -229,7 +235,9 @@ def test_sampling_is_one_scan_compiled_once_for_all_seeds(sampler, eta):
 
     @jax.jit
     def draw(keys):
-        return sample(denoise, keys, initial_noise(keys, SHAPE), SCHEDULE, trailing(25), sampler, eta)
+        return sample(
+            denoise, keys, initial_noise(keys, SHAPE), plan_steps(SCHEDULE, trailing(25), sampler, eta)
+        )
 
     first, second = jax.random.split(jax.random.key(7), 2), jax.random.split(jax.random.key(8), 2)
     names = list(primitives(jax.make_jaxpr(draw)(first).jaxpr))
@@ -242,16 +250,35 @@ def test_sampling_is_one_scan_compiled_once_for_all_seeds(sampler, eta):
     assert len(traces) <= 1  # none anew for the second seeds
 
 
+def test_one_program_takes_every_step_of_every_sampler():
+    """The steps one by one, compiled once for all samplers, timesteps and numbers of steps, are the scan."""
+    keys, noisy = (
+        jax.random.split(jax.random.key(7), 2),
+        initial_noise(jax.random.split(jax.random.key(8), 2), SHAPE),
+    )
+    step_program = jax.jit(lambda carry, step: take_step(toy_denoise, keys, carry, step))
+    for sampler in SAMPLERS:
+        for count in (1, 2, 7):
+            steps, carry = plan_steps(SCHEDULE, trailing(count), sampler), begin(noisy)
+            for index in range(count):
+                carry = step_program(carry, jax.tree.map(lambda rows, index=index: rows[index], steps))
+            expected = sample(toy_denoise, keys, noisy, steps)
+            np.testing.assert_allclose(carry[0], expected, rtol=1e-5, atol=1e-5)
+    assert step_program._cache_size() == 1
+
+
 def test_bfloat16_model_still_samples_in_float32():
     keys = jax.random.split(jax.random.key(9), 2)
     noisy = initial_noise(keys, SHAPE)
     result = sample(
-        lambda noisy, t: toy_denoise(noisy, t).astype(jnp.bfloat16), keys, noisy, SCHEDULE, trailing(5)
+        lambda noisy, t: toy_denoise(noisy, t).astype(jnp.bfloat16),
+        keys,
+        noisy,
+        plan_steps(SCHEDULE, trailing(5)),
     )
     assert result.dtype == jnp.float32
 
 
 def test_an_unknown_sampler_is_named():
-    keys = jax.random.split(jax.random.key(0), 1)
     with pytest.raises(ValueError, match=r"^sampler 'heun' is not one of ddim, dpm-solver\+\+, unipc"):
-        sample(toy_denoise, keys, initial_noise(keys, SHAPE), SCHEDULE, trailing(2), "heun")
+        plan_steps(SCHEDULE, trailing(2), "heun")

@@ -40,7 +40,11 @@ def test_the_programs_are_those_of_a_plan(config):
             config, SamplingConfig(steps=2), plan, branches
         ).items()
     }
-    assert shapes["encode"].shape == shapes["denoise"].shape == (1, plan.height // 32, plan.width // 32, 64)
+    read, carry = shapes["read"]
+    assert read["conditions"].keys() == ({"both"} if branches == 2 else {"alone"})
+    stepped, latent = shapes["denoise"]
+    assert jax.tree.map(lambda x: x.shape, stepped) == jax.tree.map(lambda x: x.shape, carry)
+    assert shapes["encode"].shape == latent.shape == (1, plan.height // 32, plan.width // 32, 64)
     assert shapes["decode"].shape == (1, plan.height, plan.width, 3)
 
 

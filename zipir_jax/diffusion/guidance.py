@@ -21,50 +21,57 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, PyTree
 
 from zipir_jax.config import SamplingConfig
 
 
-def classifier_free_guidance(
-    prepare: Callable[[PyTree], Callable[[Array, Array], Array]],
-    config: SamplingConfig,
-    train_timesteps: int,
-    condition: PyTree,
-    negative: PyTree | None = None,
-) -> Callable[[Array, Array], Array]:
-    """The guided `predict(noisy, timesteps)`, where `prepare(condition)` returns the one of a condition.
+def conditions(
+    condition: PyTree, negative: PyTree | None = None, interval: bool = False
+) -> dict[str, PyTree]:
+    """What a guided model is to be called with: {"both": the two joined, "alone": the condition}, or one of them.
 
-    `condition` and `negative` are pytrees of the same structure whose leaves have a leading batch axis [b, ...]. They
-    are joined along it and prepared here, once, not at each step; the model is then called once, on 2b items, the
-    negative ones last, and the difference of what it returns is taken in float32. With guidance 1 (a Python number,
-    known when tracing) or without `negative` the model is called on the b items alone, as it is at timesteps outside
-    the guidance interval; all items of a call are at one timestep.
+    `condition` and `negative` are pytrees of the same structure whose leaves have a leading batch axis [b, ...], along
+    which they are joined, the negative ones last. Without `negative` there is no guidance, and "alone" suffices; with
+    it, "alone" is for the steps outside the interval, if there are any.
     """
-    if config.guidance == 1 or negative is None:
-        return prepare(condition)
+    if negative is None:
+        return {"alone": condition}
+    joined = jax.tree.map(lambda with_, without: jnp.concatenate([with_, without]), condition, negative)
+    return {"both": joined} | ({"alone": condition} if interval else {})
 
-    predict = prepare(
-        jax.tree.map(lambda with_, without: jnp.concatenate([with_, without]), condition, negative)
-    )
+
+def classifier_free_guidance(
+    predicts: dict[str, Callable[[Array, Array], Array]],
+    guidance: ArrayLike | None,
+    share: ArrayLike | None = None,
+    interval: tuple[ArrayLike, ArrayLike] | None = None,
+) -> Callable[[Array, Array], Array]:
+    """The guided `predict(noisy, timesteps)` of those under each of the `conditions`.
+
+    The model is called once, on 2b items, and the difference of what it returns is taken in float32. At timesteps
+    outside the interval, first and last of `guided_timesteps`, it is called on the b items alone; all items of a call
+    are at one timestep. share: of `rescale`; None: none of it.
+    """
+    if "both" not in predicts:
+        return predicts["alone"]
 
     def predict_guided(noisy: Array, timesteps: Array) -> Array:
-        both = predict(jnp.concatenate([noisy, noisy]), jnp.concatenate([timesteps, timesteps]))
+        both = predicts["both"](jnp.concatenate([noisy, noisy]), jnp.concatenate([timesteps, timesteps]))
         conditional, unconditional = jnp.split(both.astype(jnp.float32), 2)
-        result = unconditional + config.guidance * (conditional - unconditional)
-        return rescale(result, conditional, config.guidance_rescale)
+        result = unconditional + guidance * (conditional - unconditional)
+        return result if share is None else rescale(result, conditional, share)
 
-    if config.guidance_interval == (0, 1):
+    if "alone" not in predicts:
         return predict_guided
-    first, last = guided_timesteps(config, train_timesteps)
-
-    alone = prepare(condition)
+    first, last = interval
 
     def predict_in_interval(noisy: Array, timesteps: Array) -> Array:
         return jax.lax.cond(
             (first <= timesteps[0]) & (timesteps[0] <= last),
             predict_guided,
-            lambda *inputs: alone(*inputs).astype(jnp.float32),
+            lambda *inputs: predicts["alone"](*inputs).astype(jnp.float32),
             noisy,
             timesteps,
         )
@@ -79,11 +86,9 @@ def guided_timesteps(config: SamplingConfig, train_timesteps: int) -> tuple[int,
 
 
 def rescale(
-    guided: Float32[Array, " b *item"], conditional: Float32[Array, " b *item"], share: float
+    guided: Float32[Array, " b *item"], conditional: Float32[Array, " b *item"], share: ArrayLike
 ) -> Float32[Array, " b *item"]:
     """A share of the guided prediction at the deviation of the conditional one (S. Lin et al. 2024, eq. 15 and 16)."""
-    if not share:
-        return guided
     axes = tuple(range(1, guided.ndim))
     # Where the prediction is flat, as an untrained model's is, there is nothing to scale.
     deviation = jnp.maximum(guided.std(axes, keepdims=True), jnp.finfo(jnp.float32).tiny)
@@ -93,7 +98,7 @@ def rescale(
 
 def restoration_guidance(
     denoise: Callable[[Array, Array], Array],
-    strength: float,
+    strength: ArrayLike,
     target: Float[Array, "b h w c"],
     channels: int,
 ) -> Callable[[Array, Array], Array]:
@@ -106,8 +111,6 @@ def restoration_guidance(
     degraded image, and only in the bands of the latent that hold low frequencies, so no decoder is differentiated. 0
     leaves the prediction, 1 replaces the bands; as what is pulled at one step is seen at the next, pulls add up.
     """
-    if not strength:
-        return denoise
 
     def denoise_faithfully(noisy: Array, timesteps: Array) -> Array:
         clean = denoise(noisy, timesteps)

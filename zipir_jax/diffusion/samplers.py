@@ -1,4 +1,4 @@
-"""Samplers: from noise to a clean latent in a few steps; one `lax.scan`, in float32.
+"""Samplers: from noise to a clean latent in a few steps, all of them alike, in float32.
 
 All are linear in what they have seen: the latents z and the clean latents x = x(z_t, t) that the model predicted. So a
 sampler is a table of numbers, a row for each step from timestep t to the next one, s, that were worked out on the host
@@ -45,7 +45,18 @@ class Table(NamedTuple):
     # Of z_t, the latent corrected before it, x_t and the two predictions before it: they sum to the corrected z_t.
     corrector: Float64[np.ndarray, "steps 5"]
     predictor: Float64[np.ndarray, "steps 3"]  # of the corrected z_t, x_t and the prediction before it
-    sigma: Float64[np.ndarray, " steps"]  # of fresh noise
+    sigma: Float64[np.ndarray, " steps"] | None  # of fresh noise; None: there is none
+
+
+class Step(NamedTuple):
+    """What tells one step from another; of several steps, with a leading axis."""
+
+    draw: Int[np.ndarray, "..."]  # of the images' noise; draw 0 is what sampling starts from
+    timestep: Int[np.ndarray, "..."]
+    numbers: Table
+
+
+Carry = tuple[Array, Array, Array, Array]  # z_t, the corrected latent before it, the last two predictions
 
 
 def _normal(keys: Key[Array, " b"], index: int | Array, shape: tuple[int, ...]) -> Float32[Array, " b ..."]:
@@ -58,25 +69,15 @@ def initial_noise(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float32[Arr
     return _normal(keys, 0, shape)
 
 
-def sample(
-    denoise: Callable[[Array, Array], Array],
-    keys: Key[Array, " b"],
-    noisy: Float[Array, " b *item"],
-    schedule: Schedule,
-    timesteps: Int[np.ndarray, " steps"],
-    sampler: str = "ddim",
-    eta: float = 0.0,
-) -> Float32[Array, " b *item"]:
-    """Clean latents from noisy ones, by one evaluation of the model at each of `timesteps`, which fall.
+def plan_steps(
+    schedule: Schedule, timesteps: Int[np.ndarray, " steps"], sampler: str = "ddim", eta: float = 0.0
+) -> Step:
+    """The steps through `timesteps`, which fall, as numpy arrays with a leading axis; what does not act is None.
 
-    `denoise(noisy [b, *item], timesteps [b]) -> predicted clean latents [b, *item]`; `noisy` are latents at the first
-    timestep, as a rule `initial_noise(keys, item)`. sampler: "ddim", "dpm-solver++" or "unipc". With eta in (0, 1],
-    which DDIM alone takes, each image draws the noise of its steps from its own key, so its result does not depend on
-    its neighbours in the batch; with eta = 0 the keys are not used.
-
-    Each step goes to the next timestep visited, the last one to abar = 1 (diffusers: final_sigmas_type="zero" or
-    set_alpha_to_one=True). diffusers' DDIM steps to t - floor(T / steps) instead, which with trailing spacing misses
-    the timestep it visits next unless steps divides T.
+    sampler: "ddim", "dpm-solver++" or "unipc". eta in [0, 1], which DDIM alone takes. Each step goes to the next
+    timestep visited, the last one to abar = 1 (diffusers: final_sigmas_type="zero" or set_alpha_to_one=True).
+    diffusers' DDIM steps to t - floor(T / steps) instead, which with trailing spacing misses the timestep it visits
+    next unless steps divides T.
 
     Raises ValueError for an unknown sampler.
     """
@@ -89,21 +90,47 @@ def sample(
         table = unipc_table(signal, noise)
     else:
         raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
+    draws = np.arange(1, len(timesteps) + 1, dtype=np.int32)
+    table = jax.tree.map(lambda numbers: numbers.astype(np.float32), table)
+    return Step(draws, np.asarray(timesteps, np.int32), table)
 
-    def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-        (noisy, last, before, earlier), (index, timestep, row) = carry, xs
-        clean = denoise(noisy, jnp.full(noisy.shape[0], timestep)).astype(jnp.float32)
-        corrected = _combine(row.corrector, noisy, last, clean, before, earlier)
-        following = _combine(row.predictor, corrected, clean, before)
-        if eta > 0:
-            following += row.sigma * _normal(keys, index, noisy.shape[1:])  # draw 0 was the initial noise
-        return (following, corrected, clean, before), None
 
-    rows = Table(*(jnp.asarray(numbers, jnp.float32) for numbers in table))
+def begin(noisy: Float[Array, " b *item"]) -> Carry:
+    """What the first step starts from, given latents at its timestep."""
     noisy = noisy.astype(jnp.float32)
-    nothing = jnp.zeros_like(noisy)
-    xs = (jnp.arange(1, len(timesteps) + 1), jnp.asarray(timesteps), rows)
-    return jax.lax.scan(step, (noisy, nothing, nothing, nothing), xs)[0][0]
+    return noisy, *(jnp.zeros_like(noisy) for _ in range(3))
+
+
+def take_step(
+    denoise: Callable[[Array, Array], Array], keys: Key[Array, " b"], carry: Carry, step: Step
+) -> Carry:
+    """One step, by one evaluation of the model; the first array of the result is the latent at the next timestep.
+
+    `denoise(noisy [b, *item], timesteps [b]) -> predicted clean latents [b, *item]`. Where there is fresh noise, each
+    image draws it from its own key, so its result does not depend on its neighbours in the batch; else the keys are not
+    used.
+    """
+    noisy, last, before, earlier = carry
+    draw, timestep, (corrector, predictor, sigma) = step
+    clean = denoise(noisy, jnp.full(noisy.shape[0], timestep)).astype(jnp.float32)
+    corrected = _combine(corrector, noisy, last, clean, before, earlier)
+    following = _combine(predictor, corrected, clean, before)
+    if sigma is not None:
+        following += sigma * _normal(keys, draw, noisy.shape[1:])
+    return following, corrected, clean, before
+
+
+def sample(
+    denoise: Callable[[Array, Array], Array],
+    keys: Key[Array, " b"],
+    noisy: Float[Array, " b *item"],
+    steps: Step,
+) -> Float32[Array, " b *item"]:
+    """Clean latents from noisy ones at the first timestep, by one `lax.scan` of `take_step`; steps: of `plan_steps`."""
+    steps = jax.tree.map(jnp.asarray, steps)
+    return jax.lax.scan(
+        lambda *carry_step: (take_step(denoise, keys, *carry_step), None), begin(noisy), steps
+    )[0][0]
 
 
 def _combine(weights, *arrays):
@@ -117,13 +144,13 @@ def ddim_table(
     sigma = eta * noise[1:] / noise[:-1] * np.sqrt(1 - np.square(signal[:-1] / signal[1:]))
     kept = np.sqrt(np.square(noise[1:]) - np.square(sigma)) / noise[:-1]
     predictor = np.stack([kept, signal[1:] - kept * signal[:-1], np.zeros(len(kept))], axis=1)
-    return Table(_no_corrector(len(kept)), predictor, sigma)
+    return Table(_no_corrector(len(kept)), predictor, sigma if eta else None)
 
 
 def dpm_solver_table(signal: Float64[np.ndarray, " n"], noise: Float64[np.ndarray, " n"]) -> Table:
     """DPM-Solver++(2M) through these n levels, in n - 1 steps (Lu et al. 2022, algorithm 2)."""
     steps = len(signal) - 1
-    return Table(_no_corrector(steps), _second_order(signal, noise), np.zeros(steps))
+    return Table(_no_corrector(steps), _second_order(signal, noise), None)
 
 
 def unipc_table(signal: Float64[np.ndarray, " n"], noise: Float64[np.ndarray, " n"]) -> Table:
@@ -147,7 +174,7 @@ def unipc_table(signal: Float64[np.ndarray, " n"], noise: Float64[np.ndarray, " 
             bend, c = c_1 / r, g_1 - c_1
         # z_t itself has no part in it: it follows from what came before, as its correction does.
         corrector[i] = 0, kept, gain * c, gain * (1 - bend - c), gain * bend
-    return Table(corrector, _second_order(signal, noise), np.zeros(steps))
+    return Table(corrector, _second_order(signal, noise), None)
 
 
 def _second_order(signal, noise):

@@ -22,15 +22,16 @@ from zipir_jax.measure.topologies import GIB, GPU_SHARE, HARDWARE, devices, usab
 from zipir_jax.models.attention import fastest
 from zipir_jax.planner import TooLargeError, device_share, make_plan
 
-STATIC = "denoise, static"  # with static LQ tokens, else joint ones
-RESTORING = ("encode", "denoise", STATIC, "decode")
+STATIC = ", static"  # ends the names of programs with static LQ tokens; others have joint ones
+RESTORING = ("encode", "read", "denoise", "read" + STATIC, "denoise" + STATIC, "decode")
 # Images of a micro-batch that a device computes at a time, at most, and the pixels of a side above which it is one;
 # `accumulate` follows.
 IMAGES, LARGE = 2, 2048
 NOTE = (
     "Compiled, not run: GiB on each device. Training: a global batch of 128 square crops from images, in as many micro-"
     f"batches as leave a device {IMAGES} of them, or 1 above {LARGE} pixels; restoring: one picture, weights in "
-    "bfloat16, 25 steps with guidance, in the tiles that the planner chooses for the device; planned is what it "
+    "bfloat16, with guidance, in the tiles that the planner chooses for the device; read begins the denoising, denoise "
+    "is each of its steps; planned is what it "
     f"expects. A GPU has {GPU_SHARE:.0%} of its memory, which is what jax takes of it by default; a TPU what its "
     "compiler gives away."
 )
@@ -67,8 +68,8 @@ def sampling_program(
     And the bytes of all weights, read by this program or not, and of what it is given; and those that
     `planner.make_plan` expects, weights included.
 
-    program: "encode", "denoise" or "decode"; denoising makes all steps, with a negative text. memory: bytes of the
-    device to plan for. Raises TooLargeError where the plan says that it does not fit.
+    program: of `programs.sampling_programs`; denoising has a negative text. memory: bytes of the device to plan for.
+    Raises TooLargeError where the plan says that it does not fit.
     """
 
     def placed(tree):
@@ -79,11 +80,12 @@ def sampling_program(
     available = device_share(memory, _bytes(weights))
     platform = mesh.devices.flat[0].platform
     plan = make_plan(config, side, side, available=available, branches=2, platform=platform)
-    function, static, arrays = sampling_programs(config, SamplingConfig(), plan, branches=2)[program]
-    arrays = placed(arrays)
     with jax.set_mesh(mesh):  # it says for which devices
+        function, static, arrays = sampling_programs(config, SamplingConfig(), plan, branches=2)[program]
+        arrays = placed(arrays)
         compiled = function.lower(*static, weights, *arrays).compile()
-    return compiled, _bytes((weights, arrays)), _bytes(weights) + plan.needs[program]
+    phase = "denoise" if program == "read" else program
+    return compiled, _bytes((weights, arrays)), _bytes(weights) + plan.needs[phase]
 
 
 def measure(program: str, config: TrainConfig, hardware: str, side: int) -> dict:
@@ -97,7 +99,7 @@ def measure(program: str, config: TrainConfig, hardware: str, side: int) -> dict
     model, absent, training = config.model, devices(hardware), program == "train"
     dit = dataclasses.replace(model.dit, attention=fastest(platform, model.dit.compute_dtype))
     if not training:
-        dit = dataclasses.replace(dit, lq_attention="static" if program == STATIC else "joint")
+        dit = dataclasses.replace(dit, lq_attention="static" if program.endswith(STATIC) else "joint")
     images = IMAGES if side <= LARGE else 1
     config = dataclasses.replace(
         config,
@@ -114,8 +116,8 @@ def measure(program: str, config: TrainConfig, hardware: str, side: int) -> dict
             compiled, held = training_step(config, mesh, side)
             planned = None  # nothing plans its memory
         else:
-            mesh, phase = parallel.make_mesh(MeshConfig(), absent), program.partition(",")[0]
-            compiled, held, planned = sampling_program(phase, config.model, mesh, side, row["usable"])
+            mesh, name = parallel.make_mesh(MeshConfig(), absent), program.removesuffix(STATIC)
+            compiled, held, planned = sampling_program(name, config.model, mesh, side, row["usable"])
     except (TooLargeError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise

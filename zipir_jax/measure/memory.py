@@ -52,14 +52,17 @@ def restore_memory(model: str, setting: str, side: int, memory: int | None) -> d
 
 
 def compiled_bytes(config: ModelConfig, plan: Plan, branches: int) -> dict[str, int]:
-    """Bytes of each phase, as XLA accounts for its program: what it reads but the weights, writes and holds between."""
+    """Bytes of each phase, as XLA accounts for its programs: what they read but the weights, write and hold between.
+
+    Of the two that denoise, those of the larger.
+    """
     found, weights = {}, sampling_weights(config)
     programs = sampling_programs(config, SamplingConfig(steps=STEPS), plan, branches)
-    for phase, (function, static, arrays) in programs.items():
+    for program, (function, static, arrays) in programs.items():
         sizes = program_bytes(function.lower(*static, weights, *arrays).compile())
         read = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
-        found[phase] = read + sizes["returned"] + sizes["temporaries"]
-    return found
+        found[program] = read + sizes["returned"] + sizes["temporaries"]
+    return found | {"denoise": max(found.pop("read"), found["denoise"])}
 
 
 def _in_use():

@@ -97,8 +97,9 @@ def sampling_weights(config: ModelConfig) -> dict:
 def sampling_programs(
     config: ModelConfig, sampling: SamplingConfig, plan: Plan, branches: int
 ) -> dict[str, tuple]:
-    """{phase: (jitted function, its static arguments, its arrays but the weights, which come first)} of a plan.
+    """{program: (jitted function, its static arguments, its arrays but the weights, which come first)} of a plan.
 
+    "encode" and "decode" are the phases of their names; "read" begins the denoising, "denoise" is one of its steps.
     branches of the guidance: 2 with a negative text, else 1. The arrays are `jax.ShapeDtypeStruct`.
     """
     shape = plan.pictures, plan.height, plan.width
@@ -113,8 +114,13 @@ def sampling_programs(
             "text_lengths": jax.ShapeDtypeStruct((plan.pictures,), jnp.int32),
         }
     texts = text, text if branches == 2 else None
+    steps, numbers = restorer.sampling_numbers(config, sampling, latent.shape)
+    first, numbers = jax.eval_shape(lambda: (jax.tree.map(lambda rows: rows[0], steps), numbers))
+    given = numbers, latent, keys, *texts
+    read, carry = jax.eval_shape(functools.partial(restorer._read, config), sampling_weights(config), *given)
     return {
         "encode": (restorer._encode, (config, plan.encode), (image,)),
-        "denoise": (restorer._denoise, (config, sampling), (latent, keys, *texts)),
+        "read": (restorer._read, (config,), given),
+        "denoise": (restorer._take_step, (config,), (numbers, read, keys, carry, first)),
         "decode": (restorer._decode, (config, plan.decode), (latent, image)),
     }
