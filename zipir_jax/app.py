@@ -16,8 +16,8 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 7860,
     weights: str = "default",
-    max_file_mb: float = 64,
-    max_megapixels: float = 64,
+    max_file_mb: float = 64.0,
+    max_megapixels: float = 64.0,
 ) -> None:
     """Serve the page until Ctrl-C.
 

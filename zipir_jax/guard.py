@@ -244,7 +244,7 @@ def _noting_uploads(send, visitors, visitor):
                 except ValueError:  # a refusal
                     paths = []
                 for path in paths if isinstance(paths, list) else ():
-                    visitors.own(path, visitor)
+                    visitors.own(Path(path), visitor)
         await send(event)
 
     return send_and_note

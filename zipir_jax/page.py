@@ -164,15 +164,14 @@ def distinct(names: list[str]) -> list[str]:
 
 def read_settings(size, scale, long_side, megapixels, steps, fidelity, colour_correction, seed):
     """(TargetConfig, RestorationConfig, seed) of what the page's fields hold; ValueError for what none can be."""
-    value = {"scale": scale, "long_side": long_side, "megapixels": megapixels}[SIZES[size]]
-    if value is None:
-        raise ValueError(f"{size.lower()} is empty")
-    target = TargetConfig(**{SIZES[size]: value})
-    for name, number in (("steps", steps), ("seed", seed)):
-        if number is None or number != int(number):
-            raise ValueError(f"{name} {number} is not a whole number")
+    name = SIZES[size]
+    value = {"scale": scale, "long_side": long_side, "megapixels": megapixels}[name]
+    for field, number in ((size, value), ("Steps", steps), ("Fidelity", fidelity), ("Seed", seed)):
+        if not isinstance(number, int | float):
+            raise ValueError(f"{field} is not a number.")
+    target = TargetConfig(**{name: int(value) if name == "long_side" else float(value)})
     check_seed(int(seed))
-    sampling = SamplingConfig(steps=int(steps), fidelity=fidelity)
+    sampling = SamplingConfig(steps=int(steps), fidelity=float(fidelity))
     return target, RestorationConfig(sampling, colour_correction), int(seed)
 
 
