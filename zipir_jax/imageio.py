@@ -6,6 +6,7 @@ import functools
 import io
 import logging
 import os
+import re
 import struct
 import warnings
 from collections import Counter
@@ -19,6 +20,7 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from zipir_jax import icc
 from zipir_jax.files import replacing
+from zipir_jax.metadata import xmp_orientation
 
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # read with the extra `heif`
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"} | HEIF_SUFFIXES
@@ -70,12 +72,12 @@ def raise_pixel_limit() -> None:
 
     Pillow warns above 89 million pixels and refuses twice as many, to guard servers against small files that unpack to
     huge pictures. It leaves the limit to the application; ours is what a result can have. Its warning would only stand
-    before our own refusal of the same picture, and so would what it and tifffile say about damaged tags.
+    before our own refusal of the same picture, and so would what it, tifffile and imagecodecs say about damaged files.
     """
     Image.MAX_IMAGE_PIXELS = LARGEST_PIXELS
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     warnings.filterwarnings("ignore", module="PIL")
-    for library in ("PIL", "tifffile"):
+    for library in ("PIL", "tifffile", "imagecodecs"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
@@ -193,7 +195,8 @@ def opened(path: str | Path, data: bytes | None = None) -> Iterator[io.BufferedI
         is_image = start.startswith(SIGNATURES) or start[4:12] in (b"ftypavif", b"ftypavis")
         reason = "the image is damaged (at its beginning)" if is_image else "not an image that can be read"
     except Image.DecompressionBombError as error:
-        reason = f"more than {LARGEST_PIXELS} pixels, the most that is read ({error})"
+        size = re.search(r"\d+( x \d+)? pixels", str(error))  # Pillow's words name its own limit, twice ours
+        reason = f"more than {LARGEST_PIXELS} pixels, the most that is read ({size[0] if size else error})"
     except MemoryError:
         reason = "the image does not fit into memory"
     except PermissionError:
@@ -358,7 +361,7 @@ def _tiff_page(file):
         index, page = picture_page(tiff)
         _check_size(page.imagewidth, page.imagelength)
         _check_size(page.tilewidth, page.tilelength)  # a tile may be larger than its picture
-        yield index, page, page.tags.valueof(274)
+        yield index, page, page.tags.valueof(274) or xmp_orientation(page.tags.valueof(700) or b"")
 
 
 def _is_heif(file):
