@@ -155,8 +155,8 @@ def upright_size(path: str | Path, data: bytes | None = None) -> tuple[int, int]
                 # A PNG file may hold EXIF data behind its pixels; to find none Pillow decodes them: 100 times the work.
                 if isinstance(image, PngImagePlugin.PngImageFile) and not _has_late_metadata(file):
                     getexif = super(PngImagePlugin.PngImageFile, image).getexif
-                orientation = _orientation(getexif) or 1
-        return (width, height) if 5 <= orientation <= 8 else (height, width)
+                orientation = _orientation(getexif)
+        return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
 def in_srgb(picture: Decoded) -> UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]:

@@ -44,6 +44,15 @@ def corrected_exif(exif: bytes, height: int, width: int) -> bytes | None:
     return bytes(corrected) if exif_orientation(bytes(corrected)) in (None, 1) else None
 
 
+def hiding_orientation(exif: bytes) -> bytes:
+    """EXIF data of the same length in which no reader finds an orientation: its tag is one that nobody uses."""
+    hidden, order = bytearray(exif), byte_order(exif)
+    for at, tag, *_ in directory(exif, order, *struct.unpack_from(order + "I", exif, 4))[0]:
+        if tag == ORIENTATION:
+            struct.pack_into(order + "H", hidden, at, 0xFFFF)
+    return bytes(hidden)
+
+
 def byte_order(exif: bytes) -> str | None:
     """ "<" or ">", as `struct` names it, of a TIFF structure; None for anything else."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])

@@ -1,15 +1,37 @@
-"""Photographs: what the network sees of an image file, and what is put back into the file of the result."""
+"""Photographs: what the network sees of an image file, and what is put back into the file of the result.
+
+photograph = read_photograph("a.jpg")
+restored = restorer.restore(photograph.pixels, scale=4)
+write_photograph("a_x4.jpg", photograph.with_pixels(restored))
+"""
 
 import dataclasses
+import importlib.util
 import io
+import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8, UInt16
+from PIL import Image, PngImagePlugin, features
 
-from zipir_jax import imageio
-from zipir_jax.imageio import to_uint8
+from zipir_jax.files import replacing
+from zipir_jax.icc import from_srgb, use_of_profile
+from zipir_jax.imageio import (
+    HEIF_SUFFIXES,
+    check_dtype_and_shape,
+    decode,
+    in_srgb,
+    opened,
+    resize_unclipped,
+    three_channels,
+    to_float,
+    upright_size,
+)
+from zipir_jax.metadata import byte_order, corrected_exif, corrected_xmp, hiding_orientation
 
+# Suffixes of what can be written here, with the formats as Pillow names them.
 OUTPUT_FORMATS = {
     ".png": "PNG",
     ".jpg": "JPEG",
@@ -18,6 +40,22 @@ OUTPUT_FORMATS = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
 }
+if features.check("avif"):
+    OUTPUT_FORMATS[".avif"] = "AVIF"
+if importlib.util.find_spec("pillow_heif"):
+    OUTPUT_FORMATS |= dict.fromkeys(sorted(HEIF_SUFFIXES), "HEIF")
+LARGEST_SIDE = {
+    "WEBP": 16383,
+    "JPEG": 65500,
+    "AVIF": 65536,
+    "HEIF": 16384,
+}  # pixels that a format or its encoder holds
+OF_16_BITS = {"PNG", "TIFF"}
+OF_GREY = {"PNG", "TIFF", "JPEG"}
+LARGEST_SEGMENT = 65533  # bytes of a JPEG file's marker
+XMP_MARKER = b"http://ns.adobe.com/xap/1.0/\0"
+LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # ITU-R BT.709
+ROWS = 256  # that are made ready for a file at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
@@ -37,26 +75,113 @@ class Photograph:
     xmp: bytes | None = None
 
     def with_pixels(self, restored: Float32[np.ndarray, "h2 w2 3"]) -> "Photograph":
-        """The photograph with other pixels, in [-1, 1] and of any size, and all that belongs to it fitted to them."""
-        return dataclasses.replace(self, pixels=restored)
+        """The photograph with other pixels, in [-1, 1] and of any size, and all that belongs to it fitted to them.
+
+        Alpha and the residual are enlarged as `imageio.resize` does it, a grey photograph stays grey, and EXIF data and
+        XMP say that the picture is upright and how large it is. Raises ValueError for another dtype or shape.
+        """
+        check_dtype_and_shape(restored)
+        height, width = restored.shape[:2]
+        alpha = self.alpha
+        if alpha is not None:
+            alpha = np.clip(resize_unclipped(alpha[..., None], height, width)[..., 0], 0, 1)
+        return dataclasses.replace(
+            self,
+            pixels=np.repeat(restored @ LUMA[:, None], 3, -1) if self.is_grey else restored,
+            alpha=alpha,
+            residual=None if self.residual is None else resize_unclipped(self.residual, height, width),
+            exif=self.exif and corrected_exif(self.exif, height, width),
+            xmp=self.xmp and corrected_xmp(self.xmp, height, width),
+        )
 
 
 def read_photograph(path: str | Path, data: bytes | None = None) -> Photograph:
-    """An image file, or its bytes. Raises ValueError, in a sentence with the path."""
-    pixels = imageio._decode(path, data)
-    return Photograph(imageio.to_float(pixels) if pixels.dtype == np.uint8 else pixels * 2 - 1)
+    """An image file, or its bytes, with what belongs to it. Raises ValueError as `imageio.read_image` does.
+
+    Colours outside sRGB are clipped in the pixels and kept beside them; where the picture is transparent, and its
+    colours arbitrary, it has those of the nearest pixel that is not.
+    """
+    with opened(path, data) as file:
+        picture = decode(file)
+        pixels = in_srgb(picture)
+        is_grey = pixels.shape[2] == 1
+        pixels, alpha, residual = three_channels(pixels), picture.alpha, None
+        if alpha is not None:
+            alpha = alpha.astype(np.float32) / 255 if alpha.dtype == np.uint8 else alpha
+            pixels = fill_transparent(pixels, alpha)
+        if pixels.dtype == np.uint8:
+            pixels = to_float(pixels)
+        else:
+            pixels = pixels * 2 - 1
+            clipped = np.clip(pixels, -1, 1)
+            if np.abs(pixels - clipped).max() > 1 / 65535:  # else but rounding
+                residual = pixels - clipped
+            pixels = clipped
+        return Photograph(
+            pixels=pixels,
+            file_format=picture.file_format,
+            bits=8 if picture.pixels.dtype == np.uint8 else 16,
+            is_grey=is_grey,
+            alpha=alpha,
+            residual=residual,
+            icc=picture.icc,
+            exif=picture.exif,
+            xmp=picture.xmp,
+        )
 
 
 def photograph_size(path: str | Path, data: bytes | None = None) -> tuple[int, int]:
-    """(height, width) of what `read_photograph` returns, out of the file's header. Raises ValueError as it does."""
-    return imageio.upright_size(path, data)
+    """(height, width) of what `read_photograph` returns, out of the file's header.
+
+    Raises ValueError as it does, but sees no damage behind the header.
+    """
+    return upright_size(path, data)
+
+
+def fill_transparent(
+    pixels: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"], alpha: Float32[np.ndarray, "h w"]
+) -> UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]:
+    """Pixels that have, where alpha is 0, the colour of the nearest pixel where it is not; as a new array.
+
+    Files hold black there, or anything, and a network would let it bleed into the edges.
+    """
+    transparent = alpha == 0
+    if transparent.all() or not transparent.any():
+        return pixels
+    # The distance to the nearest zero, and a number for which of the zeros it is.
+    _, nearest = cv2.distanceTransformWithLabels(
+        transparent.astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
+    )
+    opaque = pixels[~transparent]
+    place = np.empty(nearest.max() + 1, np.int64)
+    place[nearest[~transparent]] = np.arange(len(opaque))
+    filled = pixels.copy()
+    filled[transparent] = opaque[place[nearest[transparent]]]
+    return filled
 
 
 def check_output(path: str | Path, size: tuple[int, int]) -> None:
     """Raises ValueError where a photograph of this size (height, width) could not be written, with the path in it."""
     path = Path(path)
-    if path.suffix.lower() not in OUTPUT_FORMATS:
-        raise ValueError(f"{path}: the output must end in one of {', '.join(OUTPUT_FORMATS)}")
+    suffix = path.suffix.lower()
+    if suffix not in OUTPUT_FORMATS:
+        hint = (
+            "; HEIC files are written with pillow-heif, which is not installed"
+            if suffix in HEIF_SUFFIXES
+            else ""
+        )
+        raise ValueError(f"{path}: the output must end in one of {', '.join(OUTPUT_FORMATS)}{hint}")
+    check_side(path, OUTPUT_FORMATS[suffix], size)
+
+
+def check_side(name: str | Path, file_format: str, size: tuple[int, int]) -> None:
+    """Raises ValueError, with a name in it, for a size (height, width) that a format cannot hold."""
+    largest = LARGEST_SIDE.get(file_format)
+    if largest is not None and max(size) > largest:
+        raise ValueError(
+            f"{name}: {size[1]} x {size[0]} pixels, but a side of a {file_format} file is at most {largest}; "
+            "write a PNG or TIFF file"
+        )
 
 
 def write_photograph(
@@ -64,18 +189,116 @@ def write_photograph(
 ) -> list[str]:
     """Write a photograph by the suffix of its path, or into a binary file in a format of OUTPUT_FORMATS' values.
 
-    Returns what could not be kept, as sentences. The file appears whole or not at all. Raises ValueError, with the
-    path in it, for another suffix, a size that the format cannot hold, or a folder that cannot be written.
+    PNG and TIFF (deflated) as they are, WebP lossless, JPEG, AVIF and HEIC of quality 95 without subsampled colours;
+    EXIF data, ICC profile and XMP in all of them. Returns what the format could not keep, as one sentence each: 16 bits
+    in other formats than PNG and TIFF, alpha in JPEG, where the picture is put on white, and what is larger than JPEG's
+    64 KiB. The file appears whole or not at all. Raises ValueError, with the path in it, for another suffix, a size
+    that the format cannot hold, or a folder that cannot be written.
     """
-    from PIL import Image
-
-    from zipir_jax.files import replacing
-
-    image = Image.fromarray(to_uint8(photograph.pixels))
     if not isinstance(file, str | Path):
-        image.save(file, file_format)
-        return []
+        return _write(file, photograph, file_format)
     check_output(file, photograph.pixels.shape[:2])
-    with replacing(file) as opened:
-        image.save(opened, OUTPUT_FORMATS[Path(file).suffix.lower()])
-    return []
+    with replacing(file) as replacement:
+        return _write(replacement, photograph, OUTPUT_FORMATS[Path(file).suffix.lower()])
+
+
+def _write(file, photograph, file_format):
+    check_side("the photograph", file_format, photograph.pixels.shape[:2])
+    profile, exif, xmp, not_kept = photograph.icc, photograph.exif, photograph.xmp, []
+    is_grey = photograph.is_grey and file_format in OF_GREY
+    if photograph.is_grey and not is_grey and profile is not None:
+        profile = None
+        not_kept.append(f"the grey ICC profile: {file_format} files have colours, which are in sRGB now")
+    bits = photograph.bits if file_format in OF_16_BITS else 8
+    if bits < photograph.bits:
+        not_kept.append(f"{photograph.bits} bits a sample: {file_format} files have 8")
+    if photograph.alpha is not None and file_format == "JPEG":
+        not_kept.append("transparency: JPEG files have none, and the picture is put on white")
+    if file_format in ("TIFF", "AVIF") and exif and byte_order(exif) is None:
+        exif = None
+        not_kept.append(f"the EXIF data, which are damaged: {file_format} files hold them only whole")
+    samples = samples_of(photograph, profile, bits, is_grey, put_on_white=file_format == "JPEG")
+
+    if file_format == "PNG":
+        _write_png(file, samples, profile, exif, xmp)
+    elif file_format == "TIFF":
+        from zipir_jax.tiff import write_tiff
+
+        write_tiff(file, samples, profile, exif, xmp)
+    else:
+        image = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
+        metadata = {"icc_profile": profile, "exif": exif and b"Exif\0\0" + exif, "xmp": xmp}
+        if file_format == "JPEG":
+            for key, name, marker in (("exif", "EXIF data", b""), ("xmp", "XMP", XMP_MARKER)):
+                if metadata[key] and len(marker) + len(metadata[key]) > LARGEST_SEGMENT:
+                    not_kept.append(
+                        f"the {name}, {len(metadata[key])} bytes: JPEG files hold {LARGEST_SEGMENT}"
+                    )
+                    del metadata[key]
+        metadata = {key: value for key, value in metadata.items() if value}
+        if file_format == "JPEG":
+            image.save(file, "JPEG", quality=95, subsampling=0, **metadata)
+        elif file_format == "WEBP":
+            image.save(file, "WEBP", lossless=True, **metadata)
+        elif file_format == "HEIF":
+            import pillow_heif
+
+            pillow_heif.from_pillow(image).save(file, quality=95, chroma=444, **metadata)
+        else:
+            _write_avif(file, image, metadata)
+    return not_kept
+
+
+def samples_of(
+    photograph: Photograph, profile: bytes | None, bits: int, is_grey: bool, put_on_white: bool
+) -> UInt8[np.ndarray, "h w c"] | UInt16[np.ndarray, "h w c"]:
+    """A photograph in whole numbers of 8 or 16 bits and in the colours of a profile; alpha is the last channel.
+
+    put_on_white: where there is alpha, in its place.
+    """
+    height, width = photograph.pixels.shape[:2]
+    channels = 1 if is_grey else 3
+    has_alpha = photograph.alpha is not None and not put_on_white
+    samples = np.empty((height, width, channels + has_alpha), np.uint8 if bits == 8 else np.uint16)
+    has_own_colours = profile is not None and use_of_profile(profile, channels) != "sRGB"
+    for start in range(0, height, ROWS):  # what is float32 on the way would be larger than all else
+        rows = slice(start, start + ROWS)
+        part = photograph.pixels[rows, :, :channels]
+        if has_own_colours:
+            if photograph.residual is not None:
+                part = part + photograph.residual[rows, :, :channels]
+            part = from_srgb((part + 1) / 2, profile)
+        else:
+            part = (part + 1) / 2
+        if photograph.alpha is not None:
+            alpha = photograph.alpha[rows, :, None]
+            part = np.concatenate([part, alpha], -1) if has_alpha else part * alpha + (1 - alpha)
+        samples[rows] = np.round(np.clip(part, 0, 1) * (2**bits - 1))
+    return samples
+
+
+def _write_png(file, samples, icc, exif, xmp):
+    """PNG (W3C, third edition), which Pillow writes but for 16 bits of colour; chunks come after the header's."""
+    import imagecodecs
+
+    encoded = imagecodecs.png_encode(samples[..., 0] if samples.shape[2] == 1 else samples)
+    header = 8 + 25  # bytes: the signature and IHDR
+    file.write(encoded[:header])
+    if icc:
+        PngImagePlugin.putchunk(file, b"iCCP", b"ICC Profile\0\0" + zlib.compress(icc))
+    if exif:
+        PngImagePlugin.putchunk(file, b"eXIf", exif)
+    if xmp:
+        PngImagePlugin.putchunk(file, b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp)
+    file.write(memoryview(encoded)[header:])
+
+
+def _write_avif(file, image, metadata):
+    """AVIF by Pillow, which packs EXIF data anew where it finds an orientation in them: it is hidden from it."""
+    exif = metadata.pop("exif", None)
+    hidden = exif and hiding_orientation(exif.removeprefix(b"Exif\0\0"))
+    buffer = io.BytesIO()
+    options = {"exif": hidden} if hidden else {}
+    image.save(buffer, "AVIF", quality=95, subsampling="4:4:4", **options, **metadata)
+    data = buffer.getvalue()
+    file.write(data.replace(hidden, exif.removeprefix(b"Exif\0\0"), 1) if hidden else data)

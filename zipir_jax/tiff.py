@@ -61,6 +61,8 @@ OF_THE_IMAGE |= {
     517,
 }
 OF_THE_IMAGE |= {518, 519, 520, 521, 529, 530, 531, 532, 700, 33723, 34377, 34675, 37724, 50706}
+RESOLUTION_UNIT = 296
+RESOLUTION = {282, 283, RESOLUTION_UNIT}
 PHOTOMETRIC = tifffile.PHOTOMETRIC
 CHANNELS = {  # of colour, of the kinds of pixels that are read
     PHOTOMETRIC.MINISWHITE: 1,
@@ -144,7 +146,8 @@ def exif_of(file: io.BufferedIOBase) -> bytes | None:
     exif = Image.Exif()
     try:
         exif.load_from_fp(file)
-        for tag in OF_THE_IMAGE:
+        no_unit = exif.get(RESOLUTION_UNIT) == 1  # as tifffile writes it where nobody has named a resolution
+        for tag in OF_THE_IMAGE | (RESOLUTION if no_unit else set()):
             exif.pop(tag, None)
         return exif.tobytes().removeprefix(b"Exif\0\0") if len(exif) else None
     except Exception:  # Pillow's readers of EXIF data raise nearly anything
@@ -171,9 +174,9 @@ def write_tiff(
     buffer = io.BytesIO(start.ljust(length + length % 2, b"\0"))
     with tifffile.TiffWriter(buffer, append=True) as writer:
         writer.write(
-            samples,
+            samples[..., 0] if samples.shape[2] == 1 else samples,
             photometric="rgb" if samples.shape[2] >= 3 else "minisblack",
-            planarconfig="contig",
+            planarconfig="contig" if samples.shape[2] > 1 else None,
             extrasamples=["unassalpha"] if samples.shape[2] in (2, 4) else None,
             compression="deflate",
             predictor=True,
