@@ -227,7 +227,9 @@ def test_an_existing_output_is_kept_unless_told(photo, restore, tmp_path):
     before = output.read_bytes()
     status, out, err = restore("--input", folder, "--output", tmp_path, "--scale", "2")
     assert status == 1 and output.read_bytes() == before
-    assert out.startswith("failed: out.png: out.png: exists already; use --overwrite to replace it\nrestored 0, ")
+    assert out.startswith(
+        "failed: out.png: out.png: exists already; use --overwrite to replace it\nrestored 0, "
+    )
 
 
 # --------------------------------------------------------------------------------------------------
