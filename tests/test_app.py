@@ -200,7 +200,7 @@ def test_restore_slide_download(visit):
     assert name == "harbour_x2.png.json"
     assert record["input"]["name"] == "harbour.jpg"
     assert record["settings"]["sampling"]["steps"] == 4
-    press(page, "The settings that made it")
+    page.get_by_role("button", name="The settings that made it").click()
     page.get_by_text('"weights"').wait_for()
 
     # Another photograph: what was made of this one is gone from the page.
