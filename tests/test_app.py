@@ -201,7 +201,7 @@ def test_restore_slide_download(visit):
     assert record["input"]["name"] == "harbour.jpg"
     assert record["settings"]["sampling"]["steps"] == 4
     page.get_by_role("button", name="The settings that made it").click()
-    page.get_by_text('"weights"').wait_for()
+    assert json.loads(page.locator("pre.record").inner_text()) == record
 
     # Another photograph: what was made of this one is gone from the page.
     page.get_by_role("button", name="Clear").or_(page.get_by_label("Clear")).first.click()

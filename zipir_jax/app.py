@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from zipir_jax.command_line import cache_compiled_programs, parse, run
+from zipir_jax.signals import delayed_signals
 
 FOLDER_GIB = 8  # of uploads and results of all visitors; with more, uploads are refused until some have left
 
@@ -18,7 +19,7 @@ def serve(
     weights: str = "default",
     max_file_mb: float = 64.0,
     max_megapixels: float = 64.0,
-) -> None:
+) -> int:
     """Serve the page until Ctrl-C.
 
     Args:
@@ -43,12 +44,14 @@ def serve(
     from zipir_jax.restorer import Restorer
 
     restorer = Restorer.load(weights)
-    with tempfile.TemporaryDirectory(prefix="zipir_jax_") as folder:
+    # uvicorn ends on a signal and sends it on once it has: then it would end this program with its files still there.
+    with tempfile.TemporaryDirectory(prefix="zipir_jax_") as folder, delayed_signals() as stopped:
         server = make_server(
             restorer, Path(folder), host, port, int(max_file_mb * 1e6), int(max_megapixels * 1e6)
         )
         print(f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}", flush=True)
         server.run(sockets=[listening])
+    return 128 + stopped[0] if stopped else 0
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -119,8 +122,8 @@ def make_server(
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3, ws="none"))
 
 
-def main(arguments: list[str]) -> None:
-    parse(serve, arguments, prog="python -m zipir_jax.app", description=__doc__)()
+def main(arguments: list[str]) -> int:
+    return parse(serve, arguments, prog="python -m zipir_jax.app", description=__doc__)()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from fastapi.requests import HTTPConnection
 from fastapi.responses import PlainTextResponse
@@ -125,7 +125,7 @@ def _refusal(scope, request, visitors, visitor, names):
     if not is_name_of_here(headers.get("host", ""), names):
         return 421, "This server does not go by that name; open it by its address."
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != headers["host"]:
+    if origin is not None and origin.partition("://")[2] != headers["host"]:
         return 403, "Another page may not use this one."
     # What a browser says of who has made it ask. Older ones say nothing: then the cookie does, which is sent with the
     # page's own requests alone.

@@ -286,6 +286,7 @@ CSS = """
 .status { min-height: 3.5em; }
 .status p { margin: 0 0 4px; overflow-wrap: anywhere; }
 .status .error { color: #b91c1c; font-weight: 600; } .dark .status .error { color: #fca5a5; }
+.record { overflow-x: auto; font-size: 12px; line-height: 1.4; }
 .files { width: 100%; border-collapse: collapse; }
 .files td, .files th { padding: 4px 8px; border-bottom: 1px solid var(--border-color-primary); text-align: left;
   vertical-align: top; overflow-wrap: anywhere; }
@@ -447,7 +448,7 @@ def photograph_tab(desk: Desk) -> None:
                 picture = gr.DownloadButton("Download the photograph", interactive=False)
                 record = gr.DownloadButton("Download its settings", interactive=False)
             with gr.Accordion("The settings that made it", open=False):
-                made = gr.Code(language="json", show_label=False, interactive=False)
+                made = gr.HTML(elem_classes="plain")
 
     def look(request: gr.Request, path):
         """The photograph as it was uploaded; what was made of another is gone."""
@@ -499,6 +500,7 @@ def photograph_tab(desk: Desk) -> None:
                 shown = preview(desk, session, visitor, "slider", before=photograph, after=restored)
             beside = provenance.record_path(written)
             beside.write_bytes(provenance.as_json(made))
+            text = f'<pre class="record">{html.escape(beside.read_text())}</pre>'
             for path in (written, beside):
                 desk.visitors.own(path, visitor)
             height, width = restored.pixels.shape[:2]
