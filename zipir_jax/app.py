@@ -46,9 +46,8 @@ def serve(
     restorer = Restorer.load(weights)
     # uvicorn ends on a signal and sends it on once it has: then it would end this program with its files still there.
     with tempfile.TemporaryDirectory(prefix="zipir_jax_") as folder, delayed_signals() as stopped:
-        server = make_server(
-            restorer, Path(folder), host, port, int(max_file_mb * 1e6), int(max_megapixels * 1e6)
-        )
+        limits = int(max_file_mb * 1e6), int(max_megapixels * 1e6)
+        server = make_server(restorer, weights, Path(folder), host, port, *limits)
         print(f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}", flush=True)
         server.run(sockets=[listening])
     return 128 + stopped[0] if stopped else 0

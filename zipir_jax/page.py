@@ -511,7 +511,7 @@ def photograph_tab(desk: Desk) -> None:
                 shown,
                 told,
                 *(gr.update(value=path, interactive=True) for path in (written, beside)),
-                beside.read_text(),
+                text,
             )
         except CancelledError:
             return gr.update(), sentence("Cancelled."), *no_downloads([picture, record]), ""
