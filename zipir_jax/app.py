@@ -1,5 +1,6 @@
 """The web page: `python -m zipir_jax.app [--host 127.0.0.1] [--port 7860]`, then open the address that it prints."""
 
+import importlib.util
 import ipaddress
 import os
 import socket
@@ -33,6 +34,10 @@ def serve(
     for name, value in (("max_file_mb", max_file_mb), ("max_megapixels", max_megapixels)):
         if not value > 0:
             raise ValueError(f"{name} {value:g} is not above 0")
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError(
+            'the page needs gradio, which this Python lacks; pip install -e ".[app]" installs it'
+        )
     listening = listen(host, port)
     if not is_loopback(host):
         print(

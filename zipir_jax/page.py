@@ -97,7 +97,11 @@ def turn(desk: Desk, waiting: Callable[[int], None]) -> Iterator[None]:
             raise ValueError(f"{MOST_WAITING} photographs are waiting already; try again later.")
         desk.tickets.append(ticket)
     try:
-        while before := desk.tickets.index(ticket):
+        while True:
+            with desk.next_one:
+                before = desk.tickets.index(ticket)
+            if before == 0:
+                break
             waiting(before)
             with desk.next_one:
                 desk.next_one.wait(0.5)  # or else a cancelled one would go on waiting
