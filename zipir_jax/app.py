@@ -1,5 +1,6 @@
 """The web page: `python -m zipir_jax.app [--host 127.0.0.1] [--port 7860]`, then open the address that it prints."""
 
+import importlib.util
 import ipaddress
 import os
 import socket
@@ -8,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from zipir_jax.command_line import cache_compiled_programs, parse, run
+from zipir_jax.signals import delayed_signals
 
 FOLDER_GIB = 8  # of uploads and results of all visitors; with more, uploads are refused until some have left
 
@@ -18,7 +20,7 @@ def serve(
     weights: str = "default",
     max_file_mb: float = 64.0,
     max_megapixels: float = 64.0,
-) -> None:
+) -> int:
     """Serve the page until Ctrl-C.
 
     Args:
@@ -32,6 +34,10 @@ def serve(
     for name, value in (("max_file_mb", max_file_mb), ("max_megapixels", max_megapixels)):
         if not value > 0:
             raise ValueError(f"{name} {value:g} is not above 0")
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError(
+            'the page needs gradio, which this Python lacks; pip install -e ".[app]" installs it'
+        )
     listening = listen(host, port)
     if not is_loopback(host):
         print(
@@ -43,12 +49,13 @@ def serve(
     from zipir_jax.restorer import Restorer
 
     restorer = Restorer.load(weights)
-    with tempfile.TemporaryDirectory(prefix="zipir_jax_") as folder:
-        server = make_server(
-            restorer, Path(folder), host, port, int(max_file_mb * 1e6), int(max_megapixels * 1e6)
-        )
+    # uvicorn ends on a signal and sends it on once it has: then it would end this program with its files still there.
+    with tempfile.TemporaryDirectory(prefix="zipir_jax_") as folder, delayed_signals() as stopped:
+        limits = int(max_file_mb * 1e6), int(max_megapixels * 1e6)
+        server = make_server(restorer, weights, Path(folder), host, port, *limits)
         print(f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}", flush=True)
         server.run(sockets=[listening])
+    return 128 + stopped[0] if stopped else 0
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -119,8 +126,8 @@ def make_server(
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3, ws="none"))
 
 
-def main(arguments: list[str]) -> None:
-    parse(serve, arguments, prog="python -m zipir_jax.app", description=__doc__)()
+def main(arguments: list[str]) -> int:
+    return parse(serve, arguments, prog="python -m zipir_jax.app", description=__doc__)()
 
 
 if __name__ == "__main__":

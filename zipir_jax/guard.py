@@ -5,6 +5,7 @@ everyone who knows its path. Here a request passes only if it comes from the pag
 and names no file but what the same browser has uploaded or was given.
 """
 
+import contextlib
 import dataclasses
 import ipaddress
 import json
@@ -13,7 +14,7 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from fastapi.requests import HTTPConnection
 from fastapi.responses import PlainTextResponse
@@ -52,6 +53,7 @@ class Visitors:
     largest_folder: int  # bytes
     known: set[str] = dataclasses.field(default_factory=set)
     sessions: dict[str, str] = dataclasses.field(default_factory=dict)  # session: visitor
+    uploads: dict[str, str] = dataclasses.field(default_factory=dict)  # upload, as the page names it: visitor
     # File: visitors. Gradio names uploads by their content, so that two may have uploaded the same file.
     owners: dict[str, set[str]] = dataclasses.field(default_factory=dict)
 
@@ -80,8 +82,10 @@ class Visitors:
 
     def is_full(self, more: int) -> bool:
         """Whether so many bytes more would be too many."""
-        sizes = (path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        return more + sum(sizes) > self.largest_folder
+        for path in self.folder.rglob("*"):
+            with contextlib.suppress(OSError):  # deleted meanwhile
+                more += path.stat().st_size
+        return more > self.largest_folder
 
 
 def guarded(app: Callable, visitors: Visitors, names: set[str], cookie: str) -> Callable:
@@ -125,7 +129,7 @@ def _refusal(scope, request, visitors, visitor, names):
     if not is_name_of_here(headers.get("host", ""), names):
         return 421, "This server does not go by that name; open it by its address."
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != headers["host"]:
+    if origin is not None and origin.partition("://")[2] != headers["host"]:
         return 403, "Another page may not use this one."
     # What a browser says of who has made it ask. Older ones say nothing: then the cookie does, which is sent with the
     # page's own requests alone.
@@ -141,11 +145,15 @@ def _refusal(scope, request, visitors, visitor, names):
         return 403, "Load the page anew."
     if path.startswith(FILE) and not visitors.owns(path.removeprefix(FILE), visitor):
         return 404, "Not found."
-    sessions = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [])
+    # Who is the first to use the name of a session, or of an upload, has it.
+    query = parse_qs(scope["query_string"].decode("latin-1"))
+    sessions = query.get("session_hash", [])
     if path.startswith(HEARTBEAT):
         sessions = [path.removeprefix(HEARTBEAT)]
-    if any(visitors.sessions.setdefault(session, visitor) != visitor for session in sessions):
-        return 403, "That session is another visitor's."
+    named = [(visitors.sessions, session) for session in sessions]
+    named += [(visitors.uploads, upload) for upload in query.get("upload_id", [])]
+    if any(owners.setdefault(name, visitor) != visitor for owners, name in named):
+        return 403, "That is another visitor's."
     if path == "/gradio_api/upload":
         length = headers.get("content-length", "")
         if not length.isdecimal():
@@ -180,7 +188,7 @@ def _refusal_of_message(body, visitors, visitor):
         return 400, "No message of the page."
     session = message.get("session_hash")
     if not isinstance(session, str) or visitors.sessions.setdefault(session, visitor) != visitor:
-        return 403, "That session is another visitor's."
+        return 403, "That is another visitor's."
     if not all(isinstance(path, str) and visitors.owns(path, visitor) for path in _paths(message)):
         return 403, "That file is not one that you have uploaded."
     return None

@@ -12,6 +12,7 @@ import io
 import secrets
 import threading
 import time
+import typing
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator
@@ -96,7 +97,11 @@ def turn(desk: Desk, waiting: Callable[[int], None]) -> Iterator[None]:
             raise ValueError(f"{MOST_WAITING} photographs are waiting already; try again later.")
         desk.tickets.append(ticket)
     try:
-        while before := desk.tickets.index(ticket):
+        while True:
+            with desk.next_one:
+                before = desk.tickets.index(ticket)
+            if before == 0:
+                break
             waiting(before)
             with desk.next_one:
                 desk.next_one.wait(0.5)  # or else a cancelled one would go on waiting
@@ -285,6 +290,7 @@ CSS = """
 .status { min-height: 3.5em; }
 .status p { margin: 0 0 4px; overflow-wrap: anywhere; }
 .status .error { color: #b91c1c; font-weight: 600; } .dark .status .error { color: #fca5a5; }
+.record { overflow-x: auto; font-size: 12px; line-height: 1.4; }
 .files { width: 100%; border-collapse: collapse; }
 .files td, .files th { padding: 4px 8px; border-bottom: 1px solid var(--border-color-primary); text-align: left;
   vertical-align: top; overflow-wrap: anywhere; }
@@ -446,37 +452,34 @@ def photograph_tab(desk: Desk) -> None:
                 picture = gr.DownloadButton("Download the photograph", interactive=False)
                 record = gr.DownloadButton("Download its settings", interactive=False)
             with gr.Accordion("The settings that made it", open=False):
-                made = gr.Code(language="json", show_label=False, interactive=False)
+                made = gr.HTML(elem_classes="plain")
 
-    def look(request: gr.Request, path, *fields_and_format):
-        """The photograph as it was uploaded, and what would become of it; what was made of another is gone."""
-        shown, text = NOTHING, look_again(path, *fields_and_format)
+    def look(request: gr.Request, path):
+        """The photograph as it was uploaded; what was made of another is gone."""
+        shown = NOTHING
         if path is not None:
-            # Where a setting is what does not fit, the photograph is shown all the same.
-            with contextlib.suppress(ValueError, OSError):
+            with contextlib.suppress(ValueError, OSError):  # `outlook` says what is wrong
                 data, name = opened(path)
                 check_pixels(desk, "the photograph has", photograph_size(name, data))
                 photograph = read_photograph(name, data)
                 shown = preview(
                     desk, request.session_hash, visitor_of(desk, request), "before", before=photograph
                 )
-        return shown, text, *no_downloads([picture, record]), ""
+        return shown, *no_downloads([picture, record]), ""
 
-    def outlook(name, data, *fields_and_format):
-        *fields, file_format = fields_and_format
-        target, restoration, _ = read_settings(*fields)
-        size, result = planned_size(desk, name, data, target, restoration, file_format)
-        shown = " to ".join(f"{width} x {height}" for height, width in (size, result))
-        return sentence(f"{name}: {shown} pixels.")
-
-    def look_again(path, *fields_and_format):
+    def outlook(path, *fields_and_format):
+        """What would become of it."""
         if path is None:
             return ""
+        *fields, file_format = fields_and_format
         try:
             data, name = opened(path)
-            return outlook(name, data, *fields_and_format)
+            target, restoration, _ = read_settings(*fields)
+            size, result = planned_size(desk, name, data, target, restoration, file_format)
         except (ValueError, OSError) as error:
             return sentence(str(error), is_error=True)
+        shown = " to ".join(f"{width} x {height}" for height, width in (size, result))
+        return sentence(f"{name}: {shown} pixels.")
 
     def restore(request: gr.Request, path, progress=gr.Progress(), *fields_and_format):  # noqa: B008
         *fields, file_format = fields_and_format
@@ -501,6 +504,7 @@ def photograph_tab(desk: Desk) -> None:
                 shown = preview(desk, session, visitor, "slider", before=photograph, after=restored)
             beside = provenance.record_path(written)
             beside.write_bytes(provenance.as_json(made))
+            text = f'<pre class="record">{html.escape(beside.read_text())}</pre>'
             for path in (written, beside):
                 desk.visitors.own(path, visitor)
             height, width = restored.pixels.shape[:2]
@@ -511,7 +515,7 @@ def photograph_tab(desk: Desk) -> None:
                 shown,
                 told,
                 *(gr.update(value=path, interactive=True) for path in (written, beside)),
-                beside.read_text(),
+                text,
             )
         except CancelledError:
             return gr.update(), sentence("Cancelled."), *no_downloads([picture, record]), ""
@@ -520,14 +524,16 @@ def photograph_tab(desk: Desk) -> None:
 
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     inputs = [file, *fields, file_format]
-    file.change(look, inputs, [view, status, picture, record, made], concurrency_limit=2, **quiet)
-    for field in inputs[1:]:
-        field.change(look_again, inputs, status, **quiet)
+    file.change(look, file, [view, picture, record, made], concurrency_limit=2, **quiet)
+    for field in inputs:
+        # One at a time, in the order of the changes: the last one is what holds.
+        field.change(outlook, inputs, status, concurrency_limit=1, concurrency_id="outlook", **quiet)
     buttons(
         desk, start, cancel, restore, inputs, [view, status, picture, record, made], status, [picture, record]
     )
 
 
+@typing.no_type_check  # which the tests' type checks respect: as they wrap a generator, gradio would see none
 def folder_tab(desk: Desk) -> None:
     gr.HTML(
         f"<p>Up to {MOST_FILES} photographs; they come back as one ZIP file, with the settings of each.</p>"
