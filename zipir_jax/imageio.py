@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import io
 import logging
 import os
@@ -13,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
@@ -33,15 +31,6 @@ LARGEST_SIDE = 16384  # pixels of a result; beyond any size that the model is ma
 LARGEST_PIXELS = LARGEST_SIDE**2  # of a picture that is read: 268 million, as many as a result can have
 LARGEST_WEBP_SIDE = 16383  # pixels; the format has 14 bits for a side
 SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
-UPRIGHT = {  # what undoes each EXIF orientation; 1 is upright
-    2: functools.partial(cv2.flip, flipCode=1),
-    3: functools.partial(cv2.rotate, rotateCode=cv2.ROTATE_180),
-    4: functools.partial(cv2.flip, flipCode=0),
-    5: cv2.transpose,
-    6: functools.partial(cv2.rotate, rotateCode=cv2.ROTATE_90_CLOCKWISE),
-    7: lambda pixels: cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180),
-    8: functools.partial(cv2.rotate, rotateCode=cv2.ROTATE_90_COUNTERCLOCKWISE),
-}
 
 
 class RefusedError(ValueError):
@@ -254,10 +243,9 @@ def decode(file: io.BufferedIOBase) -> Decoded:
         pixels = (
             icc.to_srgb_uint8(pixels, profile) if is_bytes else np.clip(icc.to_srgb(pixels, profile), 0, 1)
         )
-    if orientation in UPRIGHT:
-        pixels = UPRIGHT[orientation](pixels)
-        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-        alpha = None if alpha is None else UPRIGHT[orientation](alpha)
+    if orientation in range(2, 9):
+        pixels = upright(pixels, orientation)
+        alpha = None if alpha is None else upright(alpha, orientation)
     return Decoded(
         pixels,
         alpha,
@@ -266,6 +254,16 @@ def decode(file: io.BufferedIOBase) -> Decoded:
         exif.removeprefix(b"Exif\0\0") if exif else None,
         xmp or None,
     )
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels [h, w] or [h, w, c] that a camera has stored under an EXIF orientation of 2 to 8, turned upright."""
+    import cv2  # four times as fast as to copy numpy's view, and loaded only for these
+
+    turned = cv2.transpose(pixels) if orientation >= 5 else pixels
+    axis = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)  # 1 mirrors, 0 flips, -1 does both
+    turned = turned if axis is None else cv2.flip(turned, axis)
+    return turned.reshape(*turned.shape[:2], *pixels.shape[2:])  # cv2 drops a last axis of 1
 
 
 @contextlib.contextmanager
@@ -380,7 +378,7 @@ def _heif_image(file):
         import pillow_heif
     except ImportError:
         raise RefusedError(
-            "HEIC files are read with pillow-heif, which is not installed (pip install pillow-heif)"
+            "HEIC files are read with pillow-heif, which is not installed (pip install 'zipir_jax[heif]')"
         ) from None
     file.seek(8)
     if file.read(4) in HEIF_SEQUENCES:
