@@ -51,7 +51,7 @@ endif
 
 .venv/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zipir_jax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
-	@echo "Installing into .venv: a minute or two, 1 GB."
+	@echo "Installing into .venv: a minute or two, 2 GB."
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
 	@touch $@

@@ -23,7 +23,7 @@ def config() -> TrainConfig:
         init_from="runs/paper/lpvae_fine_1k/weights",
         data=DataConfig(
             resolutions=(512, 1024, 2048, 4096),
-            aspect_ratios=(1 / 4, 1 / 2, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 2, 4),
+            aspect_ratios=(1 / 4, 1 / 2, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 2.0, 4.0),
             batch_size=128,
             workers=16,
         ),

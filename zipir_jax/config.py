@@ -504,7 +504,7 @@ class T5Config:
 class SDVAEConfig:
     """Autoencoder of Stable Diffusion (Rombach et al. 2022), the paper's baseline; the defaults are its f8c4.
 
-    The paper's f32c64 (supplement F) has multipliers 1, 2, 4, 4, 4, 4 and 64 channels.
+    The paper's f32c64 (supplement A) has multipliers 1, 2, 4, 4, 4, 4 and 64 channels.
     """
 
     base_channels: int = 128
@@ -665,7 +665,7 @@ class DataConfig:
     text: str = ""  # dit: folder of text embeddings, see data/text.py
     text_tokens: int = 128  # of an embedding; what is longer is cut
     text_dropout: float = (
-        0.05  # probability that the empty text takes the place of a caption (paper supplement A)
+        0.05  # probability that the empty text takes the place of a caption (paper section 3.2)
     )
     # dit with text: probability that a crop is degraded twice: once into what is to be restored, whose caption is then
     # NEGATIVE_PROMPT, and once more into its degraded partner (paper section 3.2, which gives no share).

@@ -1,4 +1,4 @@
-"""What autoencoders make of a picture that nothing was done to (paper supplement F: LP-VAE against SD-VAE)."""
+"""What autoencoders make of a picture that nothing was done to (paper supplement E: LP-VAE against SD-VAE)."""
 
 from collections.abc import Callable
 from pathlib import Path
