@@ -269,7 +269,7 @@ def restore_one(desk, name, data, settings, file_format, folder, cancel, tell):
 # --------------------------------------------------------------------------------------------------
 
 CSS = """
-.block.plain { padding: 0; }
+.plain, .plain .html-container { padding: 0 !important; }
 .compare, .picture { position: relative; overflow: hidden; margin: 0 auto; border-radius: 6px; background: #0002; }
 .compare img, .picture img { display: block; width: 100%; height: 100%; margin: 0; object-fit: fill;
   user-select: none; }
@@ -292,8 +292,8 @@ CSS = """
 .status .error { color: #b91c1c; font-weight: 600; } .dark .status .error { color: #fca5a5; }
 .record { overflow-x: auto; font-size: 12px; line-height: 1.4; }
 .files { width: 100%; border-collapse: collapse; }
-.files td, .files th { padding: 4px 8px; border-bottom: 1px solid var(--border-color-primary); text-align: left;
-  vertical-align: top; overflow-wrap: anywhere; }
+.files td, .files th { padding: 4px 8px; border: solid var(--border-color-primary) !important;
+  border-width: 0 0 1px !important; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 .files .failed { color: #b91c1c; } .dark .files .failed { color: #fca5a5; }
 """
 
