@@ -54,7 +54,7 @@ def test_no_private_jax():
 
 
 def test_every_import_is_a_declared_dependency():
-    extras = [line for extra in ("app", "eval", "parity", "plots", "tfds") for line in EXTRAS[extra]]
+    extras = [line for extra in ("app", "eval", "heif", "parity", "plots", "tfds") for line in EXTRAS[extra]]
     lines = PROJECT["project"]["dependencies"] + extras
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     distributions = packages_distributions()

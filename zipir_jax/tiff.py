@@ -78,7 +78,10 @@ def picture_page(file: tifffile.TiffFile) -> tuple[int, tifffile.TiffPage]:
 
     Raises RefusedError where there are several or none, as in the raw files of many cameras, or pixels are missing.
     """
-    pages = [(index, page) for index, page in enumerate(file.pages) if not page.subfiletype & REDUCED]
+    indices = range(len(file.pages))  # to count them ends at a page that points back; to iterate does not
+    pages = [(index, file.pages[index]) for index in indices if not file.pages[index].subfiletype & REDUCED]
+    if not indices:
+        raise RefusedError("the image is damaged (a TIFF file without a page)")
     if len(pages) > 1:
         raise RefusedError(f"a TIFF file of {len(pages)} pages; one picture is restored at a time")
     if not pages or 50706 in pages[0][1].tags:  # DNGVersion
@@ -100,7 +103,8 @@ def decode_samples(
     255 or 65535, whichever first holds all of them, else the largest. Raises RefusedError for other kinds of pixels.
     """
     kind = page.photometric
-    if kind not in CHANNELS or page.samplesperpixel < CHANNELS[kind]:
+    is_complex = page.dtype is None or page.dtype.kind == "c"
+    if kind not in CHANNELS or page.samplesperpixel < CHANNELS[kind] or is_complex:
         raise RefusedError(
             f"a TIFF file of {page.bitspersample} bits and {page.samplesperpixel} channels, of a kind that is not read "
             f"(photometric interpretation {int(kind)})"
