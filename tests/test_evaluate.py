@@ -8,7 +8,7 @@ import skimage.data
 from skimage.metrics import peak_signal_noise_ratio
 
 from zipir_jax import evaluate, prepare
-from zipir_jax.config import TASKS
+from zipir_jax.config import TASKS, SamplingConfig
 from zipir_jax.data.degrade import apply_task
 from zipir_jax.data.preview import GAP, LABEL_HEIGHT
 from zipir_jax.imageio import read_image, resize, to_float, to_uint8, write_image
@@ -40,6 +40,8 @@ def test_scores_a_folder(photographs, tiny_weights, tmp_path, call):
             tiny_weights,
             "--steps",
             2,
+            "--colour-correction",
+            "adain",
             "--seed",
             3,
         ),
@@ -48,7 +50,7 @@ def test_scores_a_folder(photographs, tiny_weights, tmp_path, call):
     assert status == 0
     assert "### mixture: 8x smaller, blur sigma 2, noise sigma 40, JPEG quality 50; 2 pictures\n" in out
     assert "### sr16: 16x smaller; 2 pictures\n" in out
-    contestants = ["bicubic", "D_f* without diffusion", "zipir_jax, 2 steps"]
+    contestants = ["bicubic", "D_f* without diffusion", "zipir_jax, 2 steps, colours by adain"]
     rows = [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| ")]
     assert rows == 2 * ["| ", "| ---", *(f"| {name}" for name in contestants)]
     assert f"`python -m zipir_jax.evaluate --hq {photographs} --task 'mixture, sr16'" in out
@@ -56,6 +58,7 @@ def test_scores_a_folder(photographs, tiny_weights, tmp_path, call):
 
     report = json.loads((tmp_path / "new" / "results.json").read_text())
     assert report["seed"] == 3 and report["sampling"]["steps"] == 2
+    assert report["colour_correction"] == "adain"
     assert list(report["tasks"]) == ["mixture", "sr16"]
     restorer = Restorer.load(str(tiny_weights))
     for task, result in report["tasks"].items():
@@ -71,6 +74,8 @@ def test_scores_a_folder(photographs, tiny_weights, tmp_path, call):
             restored = to_uint8(
                 read_image(tmp_path / "pictures" / f"{picture['picture'][0]}_{task}_restored.png")
             )
+            options = {"sampling": SamplingConfig(steps=2), "colour_correction": "adain", "seed": 3}
+            np.testing.assert_array_equal(restored, restorer.restore(lq, size=(64, 64), **options))
             for name, image in zip(contestants, (enlarged, without, restored), strict=True):
                 expected = peak_signal_noise_ratio(original, image)
                 assert picture["scores"][name]["psnr"] == pytest.approx(expected, abs=1e-3)

@@ -17,7 +17,7 @@ import tyro
 from tqdm import tqdm
 
 from zipir_jax.command_line import cache_compiled_programs, machine, parse, run
-from zipir_jax.config import TASKS, SamplingConfig, check_seed
+from zipir_jax.config import TASKS, RestorationConfig, check_seed
 from zipir_jax.data.preview import side_by_side
 from zipir_jax.files import check_replaceable, check_writable, replacing
 from zipir_jax.imageio import distinct_names, write_image
@@ -43,7 +43,7 @@ def evaluate(
     pictures: Path | None = None,
     reconstruct: bool = False,
     sd_vae: Path | None = None,
-    sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig(),
+    restoration: tyro.conf.OmitArgPrefixes[RestorationConfig] = RestorationConfig(),
 ) -> None:
     """Degrade clean photographs, restore them, and compare the results with the originals.
 
@@ -59,12 +59,12 @@ def evaluate(
         reconstruct: encode and decode the photographs as they are, by an LP-VAE that still has its D_f (--weights; the
             default ones have none)
         sd_vae: with --reconstruct, a folder that `prepare import-sd-vae` wrote, to compare with, or alone
-        sampling: how the latent is sampled
+        restoration: how the model restores them
     """
     tasks = [RECONSTRUCTION] if reconstruct else parse_tasks(task)
-    if reconstruct and (task, sampling) != (PAPER_TASKS, SamplingConfig()):
+    if reconstruct and (task, restoration) != (PAPER_TASKS, RestorationConfig()):
         raise ValueError(
-            "--reconstruct degrades and samples nothing: leave out --task and settings of sampling"
+            "--reconstruct degrades and samples nothing: leave out --task and settings of sampling and colours"
         )
     if sd_vae is not None and not reconstruct:
         raise ValueError("--sd-vae restores nothing: it needs --reconstruct")
@@ -90,7 +90,7 @@ def evaluate(
         methods = reconstructions(weights, sd_vae)
         titles = {RECONSTRUCTION: f"{RECONSTRUCTION}, {BASELINE} from {describe(TASKS['sr8'])}"}
     else:
-        methods = restorations(weights, sampling, seed)
+        methods = restorations(weights, restoration, seed)
         titles = {name: f"{name}: {describe(TASKS[name])}" for name in tasks}
     ours = list(methods)[-1]
     results = {name: [] for name in tasks}
@@ -123,7 +123,7 @@ def evaluate(
             "weights": None if reconstruct and weights == "default" else weights,
             "sd_vae": sd_vae and str(sd_vae),
             "seed": seed,
-            "sampling": dataclasses.asdict(sampling),
+            **dataclasses.asdict(restoration),
             "tasks": {},
         }
         for name in tasks:
@@ -136,15 +136,17 @@ def evaluate(
         print("\n" + "\n".join(f"wrote {path}" for path in written))
 
 
-def restorations(weights: str, sampling: SamplingConfig, seed: int) -> dict:
+def restorations(weights: str, restoration: RestorationConfig, seed: int) -> dict:
     """Methods that restore an LQ picture, by name; raises ValueError for weights or sampling that do not do."""
     from zipir_jax.metrics.restoration import restoration_methods
-    from zipir_jax.metrics.scoring import describe_sampling
+    from zipir_jax.metrics.scoring import describe_restoration
     from zipir_jax.restorer import Restorer, check_sampling
 
     restorer = Restorer.load(weights)
-    check_sampling(restorer.config, sampling, restorer.negative_text is not None)
-    return restoration_methods(restorer, {f"zipir_jax, {describe_sampling(sampling)}": sampling}, seed)
+    check_sampling(restorer.config, restoration.sampling, restorer.negative_text is not None)
+    return restoration_methods(
+        restorer, {f"zipir_jax, {describe_restoration(restoration)}": restoration}, seed
+    )
 
 
 def reconstructions(weights: str, sd_vae: Path | None) -> dict:

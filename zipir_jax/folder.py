@@ -13,6 +13,7 @@ Three pictures are in memory at most: one is read ahead while another is restore
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
@@ -44,9 +45,8 @@ EXISTS = "exists already; use --overwrite to replace it"
 LOCKS = ".zipir_jax"
 SUMMARY = "summary.json"
 LONGEST_NAME = 255  # bytes, of nearly all file systems
-LONGEST_ENDING = (
-    len(".12345678") + len(".json") + 1
-)  # that `files.replacing` and records add to a result's name
+# That records, and the temporary files of `files.replacing`, add to a result's name.
+LONGEST_ENDING = len(".") + len(".json") + len(".12345678")
 POLL = 0.5  # seconds between looks at pictures that other processes hold
 
 
@@ -117,7 +117,7 @@ def find_photographs(folder: Path, output: Path) -> tuple[list[Path], int, list[
     def complain(error):
         unreadable.append(f"{error.filename}: cannot be read ({error.strerror})")
 
-    for root, folders, files in os.walk(folder, complain, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=complain, followlinks=True):
         targets = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(folders)}
         folders[:] = [
             name
@@ -151,11 +151,10 @@ def _mirrored(sources, input, output, file_format):
         for source, name in zip(paths, distinct_names(paths), strict=True):
             outputs[source] = output / folder.relative_to(input) / f"{name}{_suffix(source, file_format)}"
     folders = {parent for path in outputs.values() for parent in path.parents}
-    # Beside a.jpg there may be a folder a.png.
-    return [
-        path.with_name(f"{source.name}{path.suffix}") if path in folders else path
-        for source, path in outputs.items()
-    ]
+    for source, path in outputs.items():
+        if path in folders:  # beside a.jpg is a folder a.png
+            outputs[source] = path.with_name(f"{source.name}{path.suffix}")
+    return [outputs[source] for source in sources]
 
 
 def _suffix(source, file_format):
@@ -233,12 +232,11 @@ class Run:
         )
 
     def texts(self, job: Job) -> dict:
-        """What `Restorer.restore` takes as {"text", "negative_text"}."""
-        names = ("text", "negative_text")
-        words = self.prompts[job.source]
-        return (
-            {} if words is None else {name: self.embeddings[w] for name, w in zip(names, words, strict=True)}
-        )
+        """What `Restorer.restore` takes as {"text", "negative_text"}; {} for weights without text."""
+        words = self.prompts[job.source] or ()
+        if not all(prompt in self.embeddings for prompt in words):
+            raise ValueError("its result was there when the run began and is gone; run again")
+        return dict(zip(("text", "negative_text"), map(self.embeddings.get, words), strict=False))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -274,10 +272,16 @@ def restore_all(
     from zipir_jax.restorer import PHASES
 
     counts = Counter()
-    failed = []
+    failed, reached = [], 0
     before = {path: _state(path) for job in jobs for path in job.outputs}
     over = threading.Event()
     start = time.monotonic()
+
+    def tell(name, done, phase):
+        """A picture that waits to be written is done already: it does not count less when another is settled."""
+        nonlocal reached
+        reached = max(reached, done)
+        report(name, reached, phase)
 
     def settle(job, index, kind, reason=""):
         counts[kind] += 1
@@ -287,7 +291,7 @@ def restore_all(
             reason = reason.removeprefix(f"{job.source}: ").replace(f"{output}: ", f"{output.name}: ")
             failed.append({"input": job.name, "output": output.name, "reason": reason})
             complain(f"{job.source}: {reason}")
-        report(job.name, counts.total(), "")
+        tell(job.name, counts.total(), "")
 
     def settle_written():
         """Wait for what is being written."""
@@ -303,6 +307,15 @@ def restore_all(
             else:
                 settle(job, index, "restored")
 
+    def arrived():
+        """The picture that was read ahead; nobody is told late of one that was written while it is waited for."""
+        if writing:
+            futures = (ahead, writing[0][2])
+            concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
+            if not ahead.done():
+                settle_written()
+        return ahead.result()
+
     def restore(taken, index):
         """float32 pixels, and the seconds of each phase."""
         began, seconds = {}, {}
@@ -314,7 +327,7 @@ def restore_all(
             began.setdefault(phase, now)
             seconds[phase] = now - began[phase]
             share = (PHASES.index(phase) + done) / len(PHASES)
-            report(taken.job.name, counts.total() + share, phase)
+            tell(taken.job.name, counts.total() + len(writing) + share, phase)
 
         restored = run.restorer.restore(
             taken.photograph.pixels,
@@ -336,7 +349,7 @@ def restore_all(
         queue = take_all(run, jobs, before, lambda: over.is_set() or stopped)
         ahead = reader.submit(next, queue, None)
         try:
-            while (taken := ahead.result()) is not None:
+            while (taken := arrived()) is not None:
                 ahead = reader.submit(next, queue, None)
                 try:
                     for index, (kind, reason) in taken.settled.items():
@@ -363,6 +376,9 @@ def restore_all(
             over.set()
             with contextlib.suppress(Exception):
                 _release(ahead.result())
+    if run.locks is not None:
+        with contextlib.suppress(OSError):  # where others hold some
+            run.locks.rmdir()
     seconds = time.monotonic() - start
     return {
         "restored": counts["restored"],
@@ -490,23 +506,20 @@ def _claim(locks, job):
             lock.acquire(blocking=False)
         except Timeout:
             return None
-        except FileNotFoundError:  # another process was through, and removed the folder
-            continue
         except OSError as error:
+            # Another process was through and removed the folder, between two system calls; or, on NFS, the file.
+            if error.errno in (errno.ENOENT, errno.EEXIST, errno.ESTALE) and not locks.is_file():
+                continue
             raise ValueError(f"{locks}: files cannot be locked here ({error.strerror})") from None
         return lock
 
 
 def _release(taken):
-    """Give a claim up. The lock's file goes where all is made: nobody will claim it again."""
+    """Give a claim up, and its file with it: FileLock takes no lock on a file that has lost its name meanwhile."""
     if taken is None or taken.lock is None:
         return
-    path = Path(taken.lock.lock_file)
-    if all(os.path.exists(output) for output in taken.job.outputs):
-        path.unlink(missing_ok=True)
+    Path(taken.lock.lock_file).unlink(missing_ok=True)
     taken.lock.release()
-    with contextlib.suppress(OSError):  # where there are others
-        path.parent.rmdir()
 
 
 def _read(run, job, settled, lock):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from zipir_jax.command_line import hardware
 from zipir_jax.config import RestorationConfig, TargetConfig
-from zipir_jax.photograph import Photograph
+from zipir_jax.photograph import OF_16_BITS, OUTPUT_FORMATS, Photograph
 
 # Settings that change how a result is computed, but not what it shows: it differs by rounding.
 HOW = ("attention", "memory")
@@ -68,12 +68,19 @@ def record(
     not_kept: what the result's file could not hold, as `write_photograph` returns it.
     """
     return {
-        "input": {"name": name, "sha256": digest, **_content(photograph), "format": photograph.file_format},
+        "input": {
+            "name": name,
+            "sha256": digest,
+            "format": photograph.file_format,
+            **_content(photograph),
+            "bits": photograph.bits,
+        },
         "output": {
             "name": output,
             "sha256": hashlib.sha256(encoded).hexdigest(),
             "bytes": len(encoded),
             **_content(result),
+            "bits": result.bits if OUTPUT_FORMATS[Path(output).suffix.lower()] in OF_16_BITS else 8,
         },
         "settings": settings,
         "weights": weights,
@@ -87,7 +94,7 @@ def record(
 
 def _content(photograph):
     height, width = photograph.pixels.shape[:2]
-    return {"width": width, "height": height, "bits": photograph.bits}
+    return {"width": width, "height": height}
 
 
 def as_json(record: dict) -> bytes:

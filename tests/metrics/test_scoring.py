@@ -3,9 +3,9 @@ import pytest
 import skimage.data
 from skimage.metrics import peak_signal_noise_ratio
 
-from zipir_jax.config import TASKS, SamplingConfig
+from zipir_jax.config import TASKS, RestorationConfig, SamplingConfig
 from zipir_jax.metrics.fidelity import GRID_PERIODS, LPIPS_NETS, grid_energy, lpips_to
-from zipir_jax.metrics.scoring import Reference, describe, describe_sampling, run_methods, summarise, table
+from zipir_jax.metrics.scoring import Reference, describe, describe_restoration, run_methods, summarise, table
 
 
 def numbers(psnr, lpips_vgg16=0.5, lpips_alexnet=0.4, grid=1.0, seconds=1.0):
@@ -57,9 +57,10 @@ def test_rows_are_means_gains_and_ratios_of_means():
 
 
 def test_a_sampling_is_told_by_its_steps_and_what_is_not_as_by_default():
-    assert describe_sampling(SamplingConfig()) == "25 steps"
+    assert describe_restoration(RestorationConfig()) == "25 steps"
     sampling = SamplingConfig(sampler="unipc", steps=8, fidelity=0.5)
-    assert describe_sampling(sampling) == "8 steps, sampler unipc, fidelity 0.5"
+    shown = describe_restoration(RestorationConfig(sampling, "lab"))
+    assert shown == "8 steps, sampler unipc, fidelity 0.5, colours by lab"
 
 
 def test_table_from_known_numbers():

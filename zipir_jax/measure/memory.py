@@ -13,7 +13,7 @@ from zipir_jax.measure.latency import SETTINGS, with_setting
 from zipir_jax.measure.programs import program_bytes, sampling_programs, sampling_weights
 from zipir_jax.measure.report import table
 from zipir_jax.measure.timing import cheap_weights
-from zipir_jax.planner import GIB, Plan
+from zipir_jax.planner import GIB
 from zipir_jax.restorer import PHASES, Restorer
 
 STEPS = 1  # of the sampler; its memory is that of a step
@@ -36,6 +36,7 @@ def restore_memory(model: str, setting: str, side: int, memory: int | None) -> d
         texts = {"text": text} | ({"negative_text": text} if SETTINGS[setting]["guided"] else {})
     branches = 2 if SETTINGS[setting]["guided"] else 1
     plan = restorer.plan(photograph.shape, scale=1, sampling=sampling, memory=memory, **texts)
+    programs = sampling_programs(config, sampling, plan, branches)
     before = _in_use()
     restorer.restore(photograph, scale=1, sampling=sampling, memory=memory, **texts)
     peak = _peak()
@@ -45,19 +46,18 @@ def restore_memory(model: str, setting: str, side: int, memory: int | None) -> d
         "side": side,
         "plan": plan.lines(),
         "estimated": plan.needs,
-        "compiled": compiled_bytes(config, plan, branches),
+        "compiled": compiled_bytes(config, programs),
         "used": peak - before,
         "total": peak,
     }
 
 
-def compiled_bytes(config: ModelConfig, plan: Plan, branches: int) -> dict[str, int]:
+def compiled_bytes(config: ModelConfig, programs: dict[str, tuple]) -> dict[str, int]:
     """Bytes of each phase, as XLA accounts for its programs: what they read but the weights, write and hold between.
 
-    Of the two that denoise, those of the larger.
+    programs: of `programs.sampling_programs`, those that denoise at least; of these two, the larger counts.
     """
     found, weights = {}, sampling_weights(config)
-    programs = sampling_programs(config, SamplingConfig(steps=STEPS), plan, branches)
     for program, (function, static, arrays) in programs.items():
         sizes = program_bytes(function.lower(*static, weights, *arrays).compile())
         read = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))

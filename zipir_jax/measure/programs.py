@@ -99,28 +99,40 @@ def sampling_programs(
 ) -> dict[str, tuple]:
     """{program: (jitted function, its static arguments, its arrays but the weights, which come first)} of a plan.
 
-    "encode" and "decode" are the phases of their names; "read" begins the denoising, "denoise" is one of its steps.
-    branches of the guidance: 2 with a negative text, else 1. The arrays are `jax.ShapeDtypeStruct`.
+    "encode" and "decode" are the phases of their names, the others are `denoising_programs`. The arrays are
+    `jax.ShapeDtypeStruct`.
     """
     shape = plan.pictures, plan.height, plan.width
     image = jax.ShapeDtypeStruct((*shape, 3), jnp.float32)
     latent = (plan.pictures, plan.height // FACTOR, plan.width // FACTOR, config.dit.latent_channels)
     latent = jax.ShapeDtypeStruct(latent, jnp.float32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), plan.pictures))
-    text = None
-    if config.dit.text_width:
-        text = {
-            "text": jax.ShapeDtypeStruct((plan.pictures, TEXT_BLOCK, config.dit.text_width), jnp.float32),
-            "text_lengths": jax.ShapeDtypeStruct((plan.pictures,), jnp.int32),
-        }
-    texts = text, text if branches == 2 else None
-    steps, numbers = restorer.sampling_numbers(config, sampling, latent.shape)
-    first, numbers = jax.eval_shape(lambda: (jax.tree.map(lambda rows: rows[0], steps), numbers))
-    given = numbers, latent, keys, *texts
-    read, carry = jax.eval_shape(functools.partial(restorer._read, config), sampling_weights(config), *given)
     return {
         "encode": (restorer._encode, (config, plan.encode), (image,)),
-        "read": (restorer._read, (config,), given),
-        "denoise": (restorer._take_step, (config,), (numbers, read, keys, carry, first)),
+        **denoising_programs(config, sampling, latent, branches),
         "decode": (restorer._decode, (config, plan.decode), (latent, image)),
+    }
+
+
+def denoising_programs(
+    config: ModelConfig, sampling: SamplingConfig, latent: jax.ShapeDtypeStruct, branches: int
+) -> dict[str, tuple]:
+    """The programs that denoise, as of `sampling_programs`: "read", what comes first, and "denoise", a step.
+
+    latent: of the degraded pictures, [b, h, w, c]. branches of the guidance: 2 with a negative text, else 1.
+    """
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), latent.shape[0]))
+    text = None
+    if config.dit.text_width:
+        shape = latent.shape[0], TEXT_BLOCK, config.dit.text_width
+        text = {
+            "text": jax.ShapeDtypeStruct(shape, jnp.float32),
+            "text_lengths": jax.ShapeDtypeStruct(shape[:1], jnp.int32),
+        }
+    steps, numbers = restorer.sampling_numbers(config, sampling, latent.shape)
+    step, numbers = jax.eval_shape(lambda: (jax.tree.map(lambda rows: rows[0], steps), numbers))
+    given = numbers, latent, keys, text, text if branches == 2 else None
+    read, carry = jax.eval_shape(functools.partial(restorer._read, config), sampling_weights(config), *given)
+    return {
+        "read": (restorer._read, (config,), given),
+        "denoise": (restorer._take_step, (config,), (numbers, read, keys, carry, step)),
     }

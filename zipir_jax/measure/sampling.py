@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from zipir_jax.command_line import machine
-from zipir_jax.config import TASKS, SamplingConfig
+from zipir_jax.config import TASKS, RestorationConfig, SamplingConfig
 from zipir_jax.metrics.photographs import CROP_MULTIPLE, degrade, read_original
 from zipir_jax.metrics.restoration import restoration_methods
 from zipir_jax.metrics.scoring import Reference, describe, run_methods, summarise, table
@@ -81,7 +81,8 @@ def restorations(
     named: as of `samplings`; the baselines come before them. size: (height, width) in pixels. Numbers: those of
     `scoring.Reference.score`, and seconds, None where the size was a method's first in this process.
     """
-    methods, warm = restoration_methods(restorer, named, seed), set()
+    restorations = {name: RestorationConfig(sampling) for name, sampling in named.items()}
+    methods, warm = restoration_methods(restorer, restorations, seed), set()
     with tqdm(
         total=len(paths) * len(tasks), initial=done * len(tasks), unit="picture", dynamic_ncols=True
     ) as bar:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import UInt8
 
-from zipir_jax.config import SamplingConfig, Task
+from zipir_jax.config import RestorationConfig, SamplingConfig, Task
 from zipir_jax.imageio import resize, to_float, to_uint8
 from zipir_jax.metrics.fidelity import GRID_PERIODS, LPIPS_NETS, grid_energy, lpips_to, psnr
 
@@ -131,12 +131,15 @@ def describe(task: Task) -> str:
     return ", ".join(parts)
 
 
-def describe_sampling(sampling: SamplingConfig) -> str:
+def describe_restoration(restoration: RestorationConfig) -> str:
     """The steps, and what is not as by default."""
+    sampling = restoration.sampling
     shown = [f"{sampling.steps} steps"]
     for name, value in dataclasses.asdict(sampling).items():
         if name != "steps" and value != getattr(SamplingConfig, name):
             shown.append(f"{name} {value}")
+    if restoration.colour_correction != "none":
+        shown.append(f"colours by {restoration.colour_correction}")
     return ", ".join(shown)
 
 
