@@ -117,7 +117,7 @@ def make_server(
         # System fonts: gradio's own would come from a font server.
         theme=gr.themes.Default(
             primary_hue="blue", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
-        ),
+        ).set(block_info_text_color="*neutral_500", body_text_color_subdued="*neutral_500"),
         css=CSS,
     )
     names = {"localhost", host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}

@@ -269,7 +269,7 @@ def restore_one(desk, name, data, settings, file_format, folder, cancel, tell):
 # --------------------------------------------------------------------------------------------------
 
 CSS = """
-.block.plain { padding: 0; }
+.plain, .plain .html-container { padding: 0 !important; }
 .compare, .picture { position: relative; overflow: hidden; margin: 0 auto; border-radius: 6px; background: #0002; }
 .compare img, .picture img { display: block; width: 100%; height: 100%; margin: 0; object-fit: fill;
   user-select: none; }
@@ -292,8 +292,9 @@ CSS = """
 .status .error { color: #b91c1c; font-weight: 600; } .dark .status .error { color: #fca5a5; }
 .record { overflow-x: auto; font-size: 12px; line-height: 1.4; }
 .files { width: 100%; border-collapse: collapse; }
-.files td, .files th { padding: 4px 8px; border-bottom: 1px solid var(--border-color-primary); text-align: left;
-  vertical-align: top; overflow-wrap: anywhere; }
+.files tr { border: 0 !important; }
+.files td, .files th { padding: 4px 8px; border: solid var(--border-color-primary) !important;
+  border-width: 0 0 1px !important; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 .files .failed { color: #b91c1c; } .dark .files .failed { color: #fca5a5; }
 """
 
@@ -536,7 +537,8 @@ def photograph_tab(desk: Desk) -> None:
 @typing.no_type_check  # which the tests' type checks respect: as they wrap a generator, gradio would see none
 def folder_tab(desk: Desk) -> None:
     gr.HTML(
-        f"<p>Up to {MOST_FILES} photographs; they come back as one ZIP file, with the settings of each.</p>"
+        f"<p>Up to {MOST_FILES} photographs; they come back as one ZIP file, with the settings of each.</p>",
+        elem_classes="plain",
     )
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
