@@ -388,6 +388,7 @@ def test_what_is_no_regular_file_is_named_and_not_waited_for(photographs, restor
     os.mkfifo(tmp_path / "in" / "pipe.png")
     (tmp_path / "in" / "link.png").symlink_to("nowhere")
     (tmp_path / "in" / "loop.png").symlink_to("loop.png")
+    (tmp_path / "in" / "null.png").symlink_to("/dev/null")
     (tmp_path / "in" / "a folder.png").mkdir()
     (tmp_path / "in" / f"{'x' * 246}.png").write_bytes(photographs[0].read_bytes())
     counts = restore()
@@ -395,6 +396,7 @@ def test_what_is_no_regular_file_is_named_and_not_waited_for(photographs, restor
     assert {failure["input"][:8]: failure["reason"] for failure in counts["failed"]} == {
         "link.png": "a link to nothing",
         "loop.png": "a link to nothing",
+        "null.png": "not a regular file",
         "pipe.png": "not a regular file",
         "xxxxxxxx": "its name is 10 bytes too long for a result and its record",
     }

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 
 import jax
@@ -14,16 +15,16 @@ import skimage.data
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from zipir_jax import provenance, sample
 from zipir_jax import restorer as restorer_module
-from zipir_jax import sample
-from zipir_jax.config import MODELS, SamplingConfig
+from zipir_jax.config import MODELS, SamplingConfig, TargetConfig
 from zipir_jax.imageio import read_image, to_float, to_uint8, write_image
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import abstract_params, bind
 from zipir_jax.models.lp_vae import encode
 from zipir_jax.models.pixel_decoder import PixelDecoder
 from zipir_jax.planner import padded_size
-from zipir_jax.restorer import Restorer, check_image, pad_by_reflection, target_size
+from zipir_jax.restorer import Restorer, check_image, pad_by_reflection, target_pixels, target_size
 from zipir_jax.weights import save_weights
 
 FAST = SamplingConfig(steps=2)
@@ -144,7 +145,9 @@ def test_an_upright_result_of_a_turned_photograph(photograph, restore, tmp_path)
     for name in ("turned", "upright"):
         output = tmp_path / "out" / f"{name}.png"
         assert restore("--input", tmp_path / f"{name}.png", "--output", output, "--scale", "1")[0] == 0
-    assert (tmp_path / "out" / "turned.png").read_bytes() == (tmp_path / "out" / "upright.png").read_bytes()
+    turned, upright = (Image.open(tmp_path / "out" / f"{name}.png") for name in ("turned", "upright"))
+    assert turned.getexif()[0x0112] == 1
+    np.testing.assert_array_equal(np.asarray(turned), np.asarray(upright))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,6 +233,58 @@ def test_an_existing_output_is_kept_unless_told(photo, restore, tmp_path):
     assert out.startswith(
         "failed: out.png: out.png: exists already; use --overwrite to replace it\nrestored 0, "
     )
+
+
+def test_a_preset_sets_what_single_options_replace(photo, call, tiny_weights, tmp_path):
+    arguments = "--input", photo, "--weights", tiny_weights, "--scale", 1, "--preset", "faithful"
+    for name, more, steps in [("a", [], 8), ("b", ["--steps", 2, "--colour-correction", "lab"], 2)]:
+        output = tmp_path / f"{name}.png"
+        assert call(sample.main, *arguments, "--output", output, *more)[0] == 0
+        settings = provenance.read_record(output)["settings"]
+        assert (settings["sampling"]["steps"], settings["sampling"]["fidelity"]) == (steps, 1.0)
+        assert settings["colour_correction"] == ("lab" if more else "wavelet")
+    status, _, err = call(sample.main, *arguments[:-1], "best", "--output", tmp_path / "c.png")
+    assert (status, err) == (2, "error: preset 'best' is not one of fast, paper, faithful\n")
+
+
+def test_samples_and_comparisons_of_one_photograph(photo, restore, tmp_path):
+    arguments = "--input", photo, "--scale", "1"
+    options = "--seed", 3, "--n-samples", 2, "--compare", "slider"
+    status, out, _ = restore(*arguments, "--output", tmp_path / "out" / "a.png", *options)
+    assert status == 0 and out.splitlines() == [str(tmp_path / "out" / f"a_{n}.png") for n in (1, 2)]
+    assert (tmp_path / "out" / "a_2_compare.html").is_file()
+    assert restore(*arguments, "--output", tmp_path / "b.png", "--seed", 4)[0] == 0
+    assert (tmp_path / "out" / "a_2.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    # A second run with the same settings has nothing to do, one with others says so.
+    status, again, _ = restore(
+        *arguments, "--output", tmp_path / "out" / "a.png", *options, "--skip-existing"
+    )
+    assert (status, again) == (0, out)
+    status, _, err = restore(
+        *arguments, "--output", tmp_path / "b.png", "--seed", 4, "--eta", 1, "--skip-existing"
+    )
+    assert status == 2
+    assert err == f"error: {photo}: b.png: made with eta 0.0, not 1.0; --overwrite replaces it"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_its_summary(photograph, restore, tmp_path, monkeypatch, number):
+    for name in ("a.png", "b.png", "c.png"):
+        write_image(tmp_path / "in" / name, photograph)
+    decode = restorer_module._decode
+    decoded = []
+
+    def decode_and_signal(*arguments):
+        decoded.append(1)
+        if len(decoded) == 2:
+            signal.raise_signal(number)
+        return decode(*arguments)
+
+    monkeypatch.setattr(restorer_module, "_decode", decode_and_signal)
+    status, out, _ = restore("--input", tmp_path / "in", "--output", tmp_path / "out", "--scale", "1")
+    assert status == 128 + number and out.startswith("restored 1, kept 0, made by others 0, failed 0; ")
+    assert pictures(tmp_path / "out") == ["a.png"]
+    assert json.loads((tmp_path / "out" / "summary.json").read_bytes())["folder"]["done"] == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -378,6 +433,14 @@ def test_impossible_weights(photo, restore, tiny_weights, tmp_path):
         (["--eta", "1.5"], "eta 1.5 is not between 0 and 1"),
         (["--guidance", "5"], "guidance 5 has no effect on weights that were trained without text"),
         (["--stepps", "3"], "Unrecognized options: --stepps"),
+        (["--n-samples", "0"], "0 samples of a picture are not at least 1"),
+        (["--n-samples", "2", "--seed", "4294967295"], "seed 4294967296 does not lie within 0 to 4294967295"),
+        (["--skip-existing", "--overwrite"], "give one of them"),
+        (
+            ["--colour-correction", "sepia"],
+            "colour_correction 'sepia' is not one of none, lab, wavelet, adain",
+        ),
+        (["--compare", "flicker"], "flicker"),
     ],
 )
 def test_impossible_sampling(photo, restore, tmp_path, options, message):
@@ -624,6 +687,30 @@ def test_weights_with_text_need_it_and_read_it(restorer, photograph):
 def test_unusable_images_are_named(image, message):
     with pytest.raises(ValueError, match=message):
         check_image(image)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ({}, (1600, 2400)),
+        ({"scale": 0.5}, (200, 300)),
+        ({"size": "7x9"}, (9, 7)),
+        ({"short_side": 1000}, (1000, 1500)),
+        ({"long_side": 1000}, (667, 1000)),
+        ({"megapixels": 0.06}, (200, 300)),
+        ({"megapixels": 24.0}, (4000, 6000)),
+    ],
+)
+def test_target_pixels(target, expected):
+    target = TargetConfig(**target)
+    assert target_pixels(target, (400, 600)) == expected
+    if target.size is None:  # a picture that lies on its side gets the same, lying on its side
+        assert target_pixels(target, (600, 400)) == expected[::-1]
+
+
+def test_a_side_is_never_lost():
+    assert target_pixels(TargetConfig(long_side=100), (1, 1000)) == (1, 100)
+    assert target_pixels(TargetConfig(megapixels=0.0001), (1, 10000)) == (1, 1000)
 
 
 def test_target_size():

@@ -448,8 +448,8 @@ def _failed(job, error, settled=None, lock=None):
 
 def _check_source(job):
     if not job.source.is_file():  # a pipe would be waited for
-        kind = "a link to nothing" if job.source.is_symlink() else "not a regular file"
-        raise ValueError(f"{job.source}: {kind if os.path.lexists(job.source) else 'no such file'}")
+        kind = "a link to nothing" if os.path.lexists(job.source) else "no such file"
+        raise ValueError(f"{job.source}: {'not a regular file' if os.path.exists(job.source) else kind}")
     for path in (*job.outputs, *job.comparisons):
         excess = len(os.fsencode(path.name)) + LONGEST_ENDING - LONGEST_NAME
         if excess > 0:

@@ -100,7 +100,8 @@ def restore_files(
         sources, below, weights, config, prompt, negative_prompt, prompt_file, text_encoder
     )
     to_restore = [job for job in jobs if overwrite or not all(os.path.exists(path) for path in job.outputs)]
-    words = [text for job in to_restore for text in prompts[job.source] or ()]
+    pairs = [prompts[job.source] for job in to_restore if prompts[job.source] is not None]
+    words = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
     embeddings = embed_prompts(words, weights, config, text_encoder, dry_run)
     work = folder.Run(
         restorer=Restorer.load(weights, attention),
