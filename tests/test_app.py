@@ -596,7 +596,15 @@ def test_too_little_memory_is_a_sentence(tiny_weights):
 
 
 @pytest.mark.parametrize(
-    "values", [("Scale", None, 4), ("Scale", "4", 4), ("Scale", 4, None), ("Scale", 4, [4])]
+    "values",
+    [
+        ("Scale", None, 4),
+        ("Scale", "4", 4),
+        ("Scale", 4, None),
+        ("Scale", 4, [4]),
+        ("Scale", float("nan"), 4),
+        ("Scale", 4, float("inf")),
+    ],
 )
 def test_settings_that_are_no_numbers(values):
     from zipir_jax.page import read_settings
@@ -604,6 +612,24 @@ def test_settings_that_are_no_numbers(values):
     size, scale, steps = values
     with pytest.raises(ValueError, match="is not a number"):
         read_settings(size, scale, None, None, steps, 0, "none", 0)
+
+
+def test_what_another_visitor_has_uploaded_stays(tmp_path):
+    """Gradio stores uploads of the same bytes in one folder, whatever they are called."""
+    from zipir_jax.guard import Visitors
+
+    visitors = Visitors(tmp_path, 0)
+    files = {visitor: tmp_path / "digest" / f"{visitor}.jpg" for visitor in ("one", "another")}
+    for visitor, path in files.items():
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        visitors.sessions[visitor] = visitor
+        visitors.own(path, visitor)
+    visitors.leave("one")
+    assert not files["one"].exists() and files["another"].exists()
+    assert visitors.owns(str(files["another"]), "another") and not visitors.owns(str(files["one"]), "one")
+    visitors.leave("another")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_turns_are_fair():

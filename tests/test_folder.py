@@ -439,6 +439,18 @@ def test_an_error_in_writing_belongs_to_its_picture(photographs, restore, monkey
     assert told == [f"{photographs[1]}: no"]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("INTERNAL: a kernel failed\nat 0x0"), MemoryError()])
+def test_an_error_of_the_device_belongs_to_its_picture(photographs, restore, error):
+    def fail_once(number):
+        if number == 2:
+            raise error
+
+    counts = restore(restorer=Enlarger(fail_once))
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    assert counts["restored"] == 4
+    assert [failure["reason"] for failure in counts["failed"]] == [reason]
+
+
 def test_a_full_disk_ends_the_run(photographs, restore, tmp_path, monkeypatch):
     def full(source, target):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -362,6 +362,10 @@ def restore_all(
                         except ValueError as error:
                             settle(taken.job, index, "failed", str(error))
                             continue
+                        except (RuntimeError, MemoryError) as error:  # the device's, of this picture
+                            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                            settle(taken.job, index, "failed", reason)
+                            continue
                         settle_written()
                         future = writer.submit(write_output, run, taken, index, restored, seconds)
                         writing.append((taken.job, index, future))

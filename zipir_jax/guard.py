@@ -78,7 +78,11 @@ class Visitors:
         for path, owners in self.owners.copy().items():
             owners.discard(visitor)
             if not owners:
-                self.remove(Path(path).parent)
+                self.owners.pop(path, None)
+                Path(path).unlink(missing_ok=True)
+                # Gradio's folders are named by content: another visitor's copy, under another name, may lie beside it.
+                with contextlib.suppress(OSError):
+                    Path(path).parent.rmdir()
 
     def is_full(self, more: int) -> bool:
         """Whether so many bytes more would be too many."""

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import html
 import io
+import math
 import secrets
 import threading
 import time
@@ -172,7 +173,7 @@ def read_settings(size, scale, long_side, megapixels, steps, fidelity, colour_co
     name = SIZES[size]
     value = {"scale": scale, "long_side": long_side, "megapixels": megapixels}[name]
     for field, number in ((size, value), ("Steps", steps), ("Fidelity", fidelity), ("Seed", seed)):
-        if not isinstance(number, int | float):
+        if not isinstance(number, int | float) or not math.isfinite(number):
             raise ValueError(f"{field} is not a number.")
     target = TargetConfig(**{name: int(value) if name == "long_side" else float(value)})
     check_seed(int(seed))
