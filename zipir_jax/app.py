@@ -52,8 +52,9 @@ def serve(
     # uvicorn ends on a signal and sends it on once it has: then it would end this program with its files still there.
     with tempfile.TemporaryDirectory(prefix="zipir_jax_") as folder, delayed_signals() as stopped:
         limits = int(max_file_mb * 1e6), int(max_megapixels * 1e6)
+        port = listening.getsockname()[1]  # where 0 was asked for, any that was free
         server = make_server(restorer, weights, Path(folder), host, port, *limits)
-        print(f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}", flush=True)
+        print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         server.run(sockets=[listening])
     return 128 + stopped[0] if stopped else 0
 
