@@ -38,11 +38,10 @@ TEXT_BLOCK = 128
 CPU_SHARE, SHARE = 0.5, 0.9
 CGROUP = Path("/sys/fs/cgroup")  # of Linux: the memory that a container may use
 # Measured on XLA's accounts: arrays of all tokens that are alive at once in a block (9.5 to 12 on an A100 and an H100,
-# 17.3 on a v6e), copies of what static LQ tokens are read as, and arrays of the logits of a block of queries.
-LIVE_TOKENS = {"cpu": 8, "gpu": 12.5, "tpu": 18}
-LQ_COPIES = {"cpu": 1, "gpu": 1, "tpu": 2}
+# 12.2 on a v6e), and arrays of the logits of a block of queries.
+LIVE_TOKENS = {"cpu": 8, "gpu": 12.5, "tpu": 13}
 LIVE_LOGITS = 2
-# The latent and the three that a sampler remembers, as a scan has them before and after a step.
+# The latent and the three that a sampler remembers, before and after a step.
 SAMPLER_LATENTS = 8
 # float32 copies of the picture that a restoration has in a CPU's memory: enlarged, padded, restored.
 HOST_IMAGES = 4
@@ -257,5 +256,5 @@ def denoise_bytes(
         text = pictures * read * text_tokens * (keys_values + 4 * config.text_width)
     if static:
         latents_read = pictures * (read if weak_lq else 1)
-        lq = LQ_COPIES[platform] * latents_read * 2 * config.layers * noisy * config.width * value
+        lq = latents_read * 2 * config.layers * noisy * config.width * value
     return tokens + logits + layer + latents + text + lq
