@@ -15,13 +15,12 @@ from PIL import Image, ImageCms
 from skimage.color import deltaE_ciede2000
 
 from zipir_jax import photograph
-from zipir_jax.imageio import read_image, read_image_uint8, resize, to_float, to_uint8
+from zipir_jax.imageio import read_image, read_image_uint8, resize, to_float, to_uint8, upright_size
 from zipir_jax.photograph import (
     OUTPUT_FORMATS,
     Photograph,
     check_output,
     fill_transparent,
-    photograph_size,
     read_photograph,
     write_photograph,
 )
@@ -104,7 +103,7 @@ def test_pictures_come_out_upright(smooth, tmp_path, suffix, orientation):
         turned.save(source, exif=turned.getexif())
     else:
         turned.save(source, exif=exif, **options)
-    assert photograph_size(source) == (24, 40)
+    assert upright_size(source) == (24, 40)
     photo = read_photograph(source)
     np.testing.assert_allclose(to_uint8(photo.pixels).astype(float), smooth, atol=4 if suffix == "jpg" else 0)
     np.testing.assert_array_equal(read_image_uint8(source), to_uint8(photo.pixels))
@@ -157,7 +156,7 @@ def test_a_picture_turned_by_its_xmp_alone_is_turned_once(smooth, tmp_path, suff
     write_photograph(path, Photograph(to_float(stored(smooth, 6)), bits=bits, xmp=XMP))
     photo = read_photograph(path)
     np.testing.assert_allclose(to_uint8(photo.pixels).astype(int), smooth, atol=4 if suffix == "jpg" else 0)
-    assert photograph_size(path) == (24, 40)
+    assert upright_size(path) == (24, 40)
     write_photograph(path, bypassed(photo))
     assert read_photograph(path).pixels.shape == (48, 80, 3)
     assert read_photograph(path).xmp == XMP.replace(b'"6"', b'"1"')
@@ -178,12 +177,12 @@ def test_what_turns_itself_is_not_turned_twice(tmp_path, suffix, orientation):
 
         pillow_heif.from_pillow(image).save(path, quality=95, exif=exif)
     photo = read_photograph(path)
-    assert photograph_size(path) == (64, 96)
+    assert upright_size(path) == (64, 96)
     np.testing.assert_allclose(to_uint8(photo.pixels).astype(float), upright, atol=40)
     np.testing.assert_array_equal(read_image_uint8(path), to_uint8(photo.pixels))
     assert tags_of(bypassed(photo).exif)[0x8769][0x927C] == b"note of the maker"
     write_photograph(path, bypassed(photo))
-    assert photograph_size(path) == (128, 192)
+    assert upright_size(path) == (128, 192)
 
 
 def test_what_jpeg_has_no_room_for_is_named(smooth):
@@ -463,7 +462,7 @@ def test_tiff_files_of_all_kinds_are_read(gradient, tmp_path, options, dtype):
         photometric="rgb",
         **options,
     )
-    assert photograph_size(tmp_path / "a.tif") == (32, 256)
+    assert upright_size(tmp_path / "a.tif") == (32, 256)
     read = (read_photograph(tmp_path / "a.tif").pixels.astype(float) + 1) / 2 * 65535
     np.testing.assert_allclose(read, gradient[..., :3], atol=0.02)
 
@@ -565,13 +564,13 @@ def encoded(image, file_format, **options):
 
 def test_animated_pictures_are_counted_and_refused():
     for file_format in ("GIF", "PNG", "WEBP", "AVIF"):
-        for read in (photograph_size, read_photograph, read_image_uint8):
+        for read in (upright_size, read_photograph, read_image_uint8):
             with pytest.raises(ValueError) as raised:
                 read("a.jpg", animated(file_format, 3))
             assert str(raised.value) == "a.jpg: animated, 3 pictures; only single pictures are read"
         assert read_photograph("a.jpg", animated(file_format, 1)).pixels.shape == (16, 16, 3)
     with pytest.raises(ValueError, match="animated, a sequence"):
-        photograph_size("a.heic", b"\0\0\0\x18ftypmsf1\0\0\0\0msf1hevc" + bytes(100))
+        upright_size("a.heic", b"\0\0\0\x18ftypmsf1\0\0\0\0msf1hevc" + bytes(100))
 
 
 def test_of_several_views_of_one_picture_the_first_is_read():
@@ -587,7 +586,7 @@ def test_tiff_files_of_several_pages_are_refused_but_for_thumbnails(tmp_path):
         assert read_photograph(path).pixels.shape == (32, 32, 3)
         tifffile.imwrite(path, np.ones((8, 8, 3), dtype), photometric="rgb", append=True)
         with pytest.raises(ValueError, match=r"a\.tif: a TIFF file of 2 pages"):
-            photograph_size(path)
+            upright_size(path)
     tifffile.imwrite(path, np.ones((8, 8, 3), np.uint8), photometric="rgb", subfiletype=1)
     with pytest.raises(ValueError, match="camera's raw file"):
         read_photograph(path)
@@ -639,7 +638,7 @@ def test_a_tiff_file_that_lacks_strips_is_refused_not_black(tmp_path):
 def test_heic_files_without_their_library_are_refused_in_a_sentence(monkeypatch, smooth):
     write_photograph(file := io.BytesIO(), Photograph(to_float(smooth)), "HEIF")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    for read in (photograph_size, read_photograph, read_image_uint8):
+    for read in (upright_size, read_photograph, read_image_uint8):
         with pytest.raises(
             ValueError, match=r"^a\.heic: HEIC files are read with pillow-heif, which is not installed"
         ):
@@ -654,7 +653,7 @@ def test_files_that_cannot_be_opened_are_refused(tmp_path):
     (tmp_path / "loop.png").symlink_to("loop.png")
     (tmp_path / "dangling.png").symlink_to("nowhere")
     for name in ("pipe.png", "loop.png", "dangling.png", "x" * 300 + ".png", "a\0.png"):
-        for read in (photograph_size, read_photograph):
+        for read in (upright_size, read_photograph):
             with pytest.raises(ValueError, match=r"no such file|cannot be read"):
                 read(tmp_path / name)
 
@@ -686,13 +685,13 @@ imageio.raise_pixel_limit()
 imagecodecs.png_encode
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in {sorted(files)!r}:
-    for read in (photograph.photograph_size, photograph.read_photograph, imageio.read_image_uint8):
+    for read in (imageio.upright_size, photograph.read_photograph, imageio.read_image_uint8):
         try:
             read({str(tmp_path)!r} + "/" + name)
         except ValueError as error:
             assert str(error).startswith({str(tmp_path)!r} + "/" + name + ": "), error
         else:
-            assert read is photograph.photograph_size, name
+            assert read is imageio.upright_size, name
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -716,7 +715,7 @@ def test_bytes_that_make_no_sense_are_a_sentence(tmp_path, suffix):
     for _ in range(60):
         changed = whole.copy()
         changed[rng.integers(0, len(whole), rng.integers(1, 6))] = rng.integers(0, 256)
-        for read in (photograph_size, read_photograph):
+        for read in (upright_size, read_photograph):
             try:
                 photo = read("a", changed.tobytes())
             except ValueError as error:

@@ -31,12 +31,12 @@ from filelock import FileLock, Timeout
 from zipir_jax import comparison, provenance
 from zipir_jax.config import RestorationConfig, TargetConfig
 from zipir_jax.files import DiskFullError, check_replaceable, check_writable, replacing
-from zipir_jax.imageio import IMAGE_SUFFIXES, distinct_names
+from zipir_jax.imageio import IMAGE_SUFFIXES, distinct_names, upright_size
 from zipir_jax.photograph import (
     OUTPUT_FORMATS,
     Photograph,
     check_output,
-    photograph_size,
+    output_format,
     read_photograph,
     write_photograph,
 )
@@ -87,9 +87,8 @@ def plan_jobs(
         sources, ignored, unreadable = [input], 0, []
         if output.is_dir() or not output.suffix:
             outputs = [output / f"{input.stem}{_suffix(input, file_format)}"]
-        elif output.suffix.lower() not in OUTPUT_FORMATS:
-            raise ValueError(f"{output}: the output must end in one of {', '.join(OUTPUT_FORMATS)}")
         else:
+            output_format(output)  # refused here where it cannot be written
             outputs = [output]
     jobs = []
     for source, path in zip(sources, outputs, strict=True):
@@ -529,7 +528,7 @@ def _release(taken):
 def _read(run, job, settled, lock):
     """Whether it can be restored is known from the header: nobody waits for pixels that are then refused."""
     start = time.monotonic()
-    size = photograph_size(job.source)
+    size = upright_size(job.source)
     target = target_of(run, size)
     for index, output in enumerate(job.outputs):
         if index not in settled:
@@ -557,7 +556,7 @@ def plan_lines(run: Run, job: Job) -> list[str]:
         raise ValueError(f"{job.source}: {kinds['failed']}")
     if len(settled) == len(job.outputs):
         return ["is kept"]
-    size = photograph_size(job.source)
+    size = upright_size(job.source)
     target = target_of(run, size)
     for output in job.outputs:
         check_output(output, target)
@@ -578,7 +577,7 @@ def write_output(run: Run, taken: Taken, index: int, restored: np.ndarray, secon
     start = time.monotonic()
     result = photograph.with_pixels(restored)
     encoded = io.BytesIO()
-    not_kept = write_photograph(encoded, result, OUTPUT_FORMATS[output.suffix.lower()])
+    not_kept = write_photograph(encoded, result, output_format(output))
     seconds = seconds | {"write": time.monotonic() - start}
     written = provenance.record(
         job.name,
@@ -601,7 +600,7 @@ def write_output(run: Run, taken: Taken, index: int, restored: np.ndarray, secon
                 file.write(comparison.slider_html(photograph.pixels, result.pixels, job.name).encode())
             else:
                 both = comparison.side_by_side(photograph.pixels, result.pixels)
-                write_photograph(file, Photograph(both), OUTPUT_FORMATS[path.suffix])
+                write_photograph(file, Photograph(both), output_format(path))
     with replacing(output) as file:
         file.write(encoded.getbuffer())
 

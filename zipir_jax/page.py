@@ -34,12 +34,12 @@ from zipir_jax.config import (
     check_seed,
 )
 from zipir_jax.guard import Visitors
-from zipir_jax.imageio import resize, to_uint8
+from zipir_jax.imageio import resize, to_uint8, upright_size
 from zipir_jax.photograph import (
     OUTPUT_FORMATS,
     Photograph,
     check_output,
-    photograph_size,
+    output_format,
     read_photograph,
     write_photograph,
 )
@@ -183,7 +183,7 @@ def read_settings(size, scale, long_side, megapixels, steps, fidelity, colour_co
 
 def planned_size(desk: Desk, name: str, data: bytes, target, restoration, file_format: str) -> tuple:
     """((height, width) of a photograph, that of its result); ValueError where it could not be restored or written."""
-    size = photograph_size(name, data)
+    size = upright_size(name, data)
     check_pixels(desk, "the photograph has", size)
     result = target_pixels(target, size)
     check_pixels(desk, "the result would have", result)
@@ -244,7 +244,7 @@ def restore_one(desk, name, data, settings, file_format, folder, cancel, tell):
         told("Writing the file", 1.0)
         begun = time.monotonic()
         encoded, path = io.BytesIO(), folder / output_name(name, target, result, file_format)
-        not_kept = write_photograph(encoded, restored, OUTPUT_FORMATS[path.suffix])
+        not_kept = write_photograph(encoded, restored, output_format(path))
         seconds["write"] = time.monotonic() - begun
         path.write_bytes(encoded.getbuffer())
     made_with = provenance.settings(
@@ -462,7 +462,7 @@ def photograph_tab(desk: Desk) -> None:
         if path is not None:
             with contextlib.suppress(ValueError, OSError):  # `outlook` says what is wrong
                 data, name = opened(path)
-                check_pixels(desk, "the photograph has", photograph_size(name, data))
+                check_pixels(desk, "the photograph has", upright_size(name, data))
                 photograph = read_photograph(name, data)
                 shown = preview(
                     desk, request.session_hash, visitor_of(desk, request), "before", before=photograph

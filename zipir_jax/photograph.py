@@ -27,7 +27,6 @@ from zipir_jax.imageio import (
     resize_unclipped,
     three_channels,
     to_float,
-    upright_size,
 )
 from zipir_jax.metadata import byte_order, corrected_exif, corrected_xmp, hiding_orientation
 
@@ -130,14 +129,6 @@ def read_photograph(path: str | Path, data: bytes | None = None) -> Photograph:
         )
 
 
-def photograph_size(path: str | Path, data: bytes | None = None) -> tuple[int, int]:
-    """(height, width) of what `read_photograph` returns, out of the file's header.
-
-    Raises ValueError as it does, but sees no damage behind the header.
-    """
-    return upright_size(path, data)
-
-
 def fill_transparent(
     pixels: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"], alpha: Float32[np.ndarray, "h w"]
 ) -> UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]:
@@ -160,18 +151,20 @@ def fill_transparent(
     return filled
 
 
+def output_format(path: str | Path) -> str:
+    """The format of a path's suffix, as Pillow names it; raises ValueError, with the path, for one not written here."""
+    suffix = Path(path).suffix.lower()
+    if suffix in OUTPUT_FORMATS:
+        return OUTPUT_FORMATS[suffix]
+    hint = (
+        "; HEIC files are written with pillow-heif, which is not installed" if suffix in HEIF_SUFFIXES else ""
+    )
+    raise ValueError(f"{path}: the output must end in one of {', '.join(OUTPUT_FORMATS)}{hint}")
+
+
 def check_output(path: str | Path, size: tuple[int, int]) -> None:
     """Raises ValueError where a photograph of this size (height, width) could not be written, with the path in it."""
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in OUTPUT_FORMATS:
-        hint = (
-            "; HEIC files are written with pillow-heif, which is not installed"
-            if suffix in HEIF_SUFFIXES
-            else ""
-        )
-        raise ValueError(f"{path}: the output must end in one of {', '.join(OUTPUT_FORMATS)}{hint}")
-    check_side(path, OUTPUT_FORMATS[suffix], size)
+    check_side(path, output_format(path), size)
 
 
 def check_side(name: str | Path, file_format: str, size: tuple[int, int]) -> None:
@@ -199,7 +192,7 @@ def write_photograph(
         return _write(file, photograph, file_format)
     check_output(file, photograph.pixels.shape[:2])
     with replacing(file) as replacement:
-        return _write(replacement, photograph, OUTPUT_FORMATS[Path(file).suffix.lower()])
+        return _write(replacement, photograph, output_format(file))
 
 
 def _write(file, photograph, file_format):

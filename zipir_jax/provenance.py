@@ -15,7 +15,7 @@ from pathlib import Path
 
 from zipir_jax.command_line import hardware
 from zipir_jax.config import RestorationConfig, TargetConfig
-from zipir_jax.photograph import OF_16_BITS, OUTPUT_FORMATS, Photograph
+from zipir_jax.photograph import OF_16_BITS, Photograph, output_format
 
 # Settings that change how a result is computed, but not what it shows: it differs by rounding.
 HOW = ("attention", "memory")
@@ -80,7 +80,7 @@ def record(
             "sha256": hashlib.sha256(encoded).hexdigest(),
             "bytes": len(encoded),
             **_content(result),
-            "bits": result.bits if OUTPUT_FORMATS[Path(output).suffix.lower()] in OF_16_BITS else 8,
+            "bits": result.bits if output_format(output) in OF_16_BITS else 8,
         },
         "settings": settings,
         "weights": weights,
