@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and why a file is not used."""
 
 import contextlib
 import errno
@@ -7,6 +7,10 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+
+class RefusedError(ValueError):
+    """Why a file is not read, as a sentence without its path; never leaves `imageio.opened`."""
 
 
 class DiskFullError(ValueError):

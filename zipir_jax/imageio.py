@@ -11,13 +11,15 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import tifffile
 from jaxtyping import Float32, UInt8
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
-from zipir_jax import icc
-from zipir_jax.files import replacing
+from zipir_jax import icc, tiff
+from zipir_jax.files import RefusedError, replacing
 from zipir_jax.metadata import xmp_orientation
 
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # read with the extra `heif`
@@ -26,15 +28,12 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF")  # MPO is found as JPEG
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 HEIF_SEQUENCES = {b"hevc", b"hevx", b"msf1"}
+METADATA = ("icc_profile", "exif", "xmp")  # as Pillow and pillow_heif name them
 OUTPUT_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 LARGEST_SIDE = 16384  # pixels of a result; beyond any size that the model is made for (8K)
 LARGEST_PIXELS = LARGEST_SIDE**2  # of a picture that is read: 268 million, as many as a result can have
 LARGEST_WEBP_SIDE = 16383  # pixels; the format has 14 bits for a side
 SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
-
-
-class RefusedError(ValueError):
-    """Why a file is not read, as a sentence without its path; never leaves this module's readers."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
@@ -199,44 +198,26 @@ def opened(path: str | Path, data: bytes | None = None) -> Iterator[io.BufferedI
     raise ValueError(f"{path}: {' '.join(reason.split())}") from None
 
 
+class Stored(NamedTuple):
+    """What an image file holds, as it is stored: before its profile and its orientation are seen to."""
+
+    pixels: np.ndarray  # [h, w, c] of 8 bits, or float32 in [0, 1]; c is 1 (grey), 3 or 4 (CMYK)
+    alpha: np.ndarray | None
+    file_format: str
+    icc: bytes | None = None
+    exif: bytes | None = None
+    xmp: bytes | None = None
+    orientation: int | None = None  # as EXIF data number it; None where the pixels are upright
+
+
 def decode(file: io.BufferedIOBase) -> Decoded:
     """The picture in a file: what the content says it is, whatever the file is called. To be called within `opened`.
 
     Of an MPO file, the first picture; of HEIC, the primary one. A profile that is damaged or of other pixels counts as
     absent; CMYK, and profiles that have no way back, as those of scanners, are converted to sRGB and leave no profile.
     """
-    orientation, exif = None, None
-    if _is_heif(file):
-        image = _heif_image(file)
-        pixels, alpha = _split_alpha(_heif_samples(image))  # upright already
-        file_format, info = "HEIF", image.info
-    elif _is_tiff(file):
-        from zipir_jax.tiff import decode_samples, exif_of
-
-        with _tiff_page(file) as (index, page, orientation):
-            info = {
-                "icc_profile": page.tags.valueof(34675),
-                "xmp": page.tags.valueof(700),
-                "exif": exif_of(file),
-            }
-            if page.bitspersample > 8:
-                pixels, alpha = decode_samples(page)
-            else:
-                with _pillow_image(file) as image:
-                    image.seek(index)
-                    pixels, alpha = _samples(image)
-                    orientation = _orientation(image.getexif)  # none: Pillow has turned it
-        file_format = "TIFF"
-    else:
-        with _pillow_image(file) as image:
-            pixels, alpha = _samples_of_16_bits(image, file) or _samples(image)
-            file_format, info, orientation = image.format, dict(image.info), _orientation(image.getexif)
-            if (
-                "exif" not in info and "Raw profile type exif" in info
-            ):  # as ImageMagick puts it into PNG files, in text
-                info["exif"] = image.getexif().tobytes()
-    profile, exif, xmp = info.get("icc_profile"), info.get("exif"), info.get("xmp")
-
+    read = _read_heif if _is_heif(file) else _read_tiff if _is_tiff(file) else _read_with_pillow
+    pixels, alpha, file_format, profile, exif, xmp, orientation = read(file)
     use = icc.use_of_profile(profile, pixels.shape[2]) if profile else None
     if use == "to sRGB":
         is_bytes = pixels.dtype == np.uint8
@@ -254,6 +235,36 @@ def decode(file: io.BufferedIOBase) -> Decoded:
         exif.removeprefix(b"Exif\0\0") if exif else None,
         xmp or None,
     )
+
+
+def _read_heif(file):
+    image = _heif_image(file)
+    pixels, alpha = _split_alpha(_heif_samples(image))  # upright already
+    return Stored(pixels, alpha, "HEIF", *map(image.info.get, METADATA))
+
+
+def _read_tiff(file):
+    with _tiff_page(file) as (index, page, orientation):
+        if page.bitspersample > 8:
+            pixels, alpha = tiff.decode_samples(page)
+        else:
+            with _pillow_image(file) as image:
+                image.seek(index)
+                pixels, alpha = _samples(image)
+                orientation = _orientation(image.getexif)  # none: Pillow has turned it
+        profile, xmp = (page.tags.valueof(tag) for tag in (34675, 700))
+        return Stored(pixels, alpha, "TIFF", profile, tiff.exif_of(file), xmp, orientation)
+
+
+def _read_with_pillow(file):
+    with _pillow_image(file) as image:
+        pixels, alpha = _samples_of_16_bits(image, file) or _samples(image)
+        profile, exif, xmp = map(image.info.get, METADATA)
+        if (
+            exif is None and "Raw profile type exif" in image.info
+        ):  # as ImageMagick puts it into PNG files, in text
+            exif = image.getexif().tobytes()
+        return Stored(pixels, alpha, image.format, profile, exif, xmp, _orientation(image.getexif))
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -350,13 +361,9 @@ def _is_tiff(file):
 @contextlib.contextmanager
 def _tiff_page(file):
     """The index and page of the picture in a TIFF file, and its orientation."""
-    import tifffile
-
-    from zipir_jax.tiff import picture_page
-
     file.seek(0)
-    with tifffile.TiffFile(file) as tiff:
-        index, page = picture_page(tiff)
+    with tifffile.TiffFile(file) as tiff_file:
+        index, page = tiff.picture_page(tiff_file)
         _check_size(page.imagewidth, page.imagelength)
         _check_size(page.tilewidth, page.tilelength)  # a tile may be larger than its picture
         yield index, page, page.tags.valueof(274) or xmp_orientation(page.tags.valueof(700) or b"")

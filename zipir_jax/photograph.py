@@ -29,6 +29,7 @@ from zipir_jax.imageio import (
     to_float,
 )
 from zipir_jax.metadata import byte_order, corrected_exif, corrected_xmp, hiding_orientation
+from zipir_jax.tiff import write_tiff
 
 # Suffixes of what can be written here, with the formats as Pillow names them.
 OUTPUT_FORMATS = {
@@ -215,8 +216,6 @@ def _write(file, photograph, file_format):
     if file_format == "PNG":
         _write_png(file, samples, profile, exif, xmp)
     elif file_format == "TIFF":
-        from zipir_jax.tiff import write_tiff
-
         write_tiff(file, samples, profile, exif, xmp)
     else:
         image = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
