@@ -25,7 +25,7 @@ from zipir_jax.metadata import xmp_orientation
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # read with the extra `heif`
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"} | HEIF_SUFFIXES
 # What Pillow may take a file for; of its other formats some run programs (EPS), and none is how photographs are kept.
-PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF")  # MPO is found as JPEG
+PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "AVIF")  # MPO is found as JPEG
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 HEIF_SEQUENCES = {b"hevc", b"hevx", b"msf1"}
 METADATA = ("icc_profile", "exif", "xmp")  # as Pillow and pillow_heif name them
@@ -136,7 +136,7 @@ def upright_size(path: str | Path, data: bytes | None = None) -> tuple[int, int]
         if _is_heif(file):
             return _heif_image(file).size[::-1]
         if _is_tiff(file):
-            with _tiff_page(file) as (_, page, orientation):
+            with _tiff_page(file) as (page, orientation):
                 height, width = page.imagelength, page.imagewidth
         else:
             with _pillow_image(file) as image:
@@ -244,16 +244,10 @@ def _read_heif(file):
 
 
 def _read_tiff(file):
-    with _tiff_page(file) as (index, page, orientation):
-        if page.bitspersample > 8:
-            pixels, alpha = tiff.decode_samples(page)
-        else:
-            with _pillow_image(file) as image:
-                image.seek(index)
-                pixels, alpha = _samples(image)
-                orientation = _orientation(image.getexif)  # none: Pillow has turned it
+    with _tiff_page(file) as (page, orientation):
+        pixels, alpha = tiff.decode_samples(page)
         profile, xmp = (page.tags.valueof(tag) for tag in (34675, 700))
-        return Stored(pixels, alpha, "TIFF", profile, tiff.exif_of(file), xmp, orientation)
+        return Stored(pixels, alpha, "TIFF", profile, tiff.exif_of(page, file), xmp, orientation)
 
 
 def _read_with_pillow(file):
@@ -283,7 +277,7 @@ def _pillow_image(file) -> Iterator[Image.Image]:
     file.seek(0)
     with Image.open(file, formats=PILLOW_FORMATS) as image:
         _check_size(image.width, image.height)
-        # An MPO file holds other views of its first picture, a TIFF file has been looked at.
+        # An MPO file holds other views of its first picture.
         frames = image.n_frames if image.format in ("GIF", "PNG", "WEBP", "AVIF") else 1
         if frames > 1:
             raise RefusedError(f"animated, {frames} pictures; only single pictures are read")
@@ -298,24 +292,12 @@ def _check_size(width, height):
 def _samples(image):
     """Pixels [h, w, c], grey, RGB or (with a profile that works) CMYK, and alpha, of an image that Pillow decodes."""
     image.load()
-    if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.nan_to_num(np.asarray(image, np.float32))
-        # Pillow does not say what white is in 32 bits; a 1-bit picture has the mode "1", not these.
-        whites = [1, 255, 65535] if image.mode == "F" else [255, 65535]
-        if image.mode.startswith("I;16"):
-            whites = [65535]
-        white = next((white for white in whites if pixels.max() <= white), pixels.max())
-        return np.clip(pixels / white, 0, 1)[..., None], None
     if image.has_transparency_data:
         return _split_alpha(
             np.asarray(image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA"))
         )
     if image.mode in ("1", "L"):
         return np.asarray(image.convert("L"))[..., None], None
-    if image.mode == "LAB":
-        lab = np.asarray(image)
-        lightness, a, b = lab[..., 0] / np.float32(2.55), lab[..., 1].view(np.int8), lab[..., 2].view(np.int8)
-        return to_uint8(icc.lab_to_srgb(np.stack([lightness, a, b], -1)) * 2 - 1), None
     if image.mode == "CMYK" and icc.use_of_profile(image.info.get("icc_profile", b""), 4):
         return np.asarray(image), None
     return np.asarray(image.convert("RGB")), None
@@ -323,7 +305,7 @@ def _samples(image):
 
 def _samples_of_16_bits(image, file):
     """What `_samples` returns, of PNG and AVIF files of whose more than 8 bits Pillow keeps 8; None for others."""
-    if image.format == "PNG" and image.tile[0][3] in ("RGB;16B", "LA;16B", "RGBA;16B"):
+    if image.format == "PNG" and image.tile[0][3].endswith(";16B"):
         if _has_late_metadata(file):
             image.load()  # for its EXIF data and XMP
         white = 65535
@@ -360,13 +342,14 @@ def _is_tiff(file):
 
 @contextlib.contextmanager
 def _tiff_page(file):
-    """The index and page of the picture in a TIFF file, and its orientation."""
+    """The page of the picture in a TIFF file, and its orientation."""
     file.seek(0)
     with tifffile.TiffFile(file) as tiff_file:
-        index, page = tiff.picture_page(tiff_file)
+        page = tiff.picture_page(tiff_file)
         _check_size(page.imagewidth, page.imagelength)
         _check_size(page.tilewidth, page.tilelength)  # a tile may be larger than its picture
-        yield index, page, page.tags.valueof(274) or xmp_orientation(page.tags.valueof(700) or b"")
+        tiff.check_is_whole(page)
+        yield page, page.tags.valueof(274) or xmp_orientation(page.tags.valueof(700) or b"")
 
 
 def _is_heif(file):

@@ -1,4 +1,4 @@
-"""TIFF files: which page is the picture, samples of more than 8 bits, and EXIF data that stay where they were."""
+"""TIFF files: which page is the picture, its samples, and EXIF data that stay where they were."""
 
 import io
 import math
@@ -67,89 +67,136 @@ PHOTOMETRIC = tifffile.PHOTOMETRIC
 CHANNELS = {  # of colour, of the kinds of pixels that are read
     PHOTOMETRIC.MINISWHITE: 1,
     PHOTOMETRIC.MINISBLACK: 1,
+    PHOTOMETRIC.PALETTE: 1,
     PHOTOMETRIC.RGB: 3,
     PHOTOMETRIC.SEPARATED: 4,
+    PHOTOMETRIC.YCBCR: 3,
     PHOTOMETRIC.CIELAB: 3,
 }
+MULTIPLIED, ALPHA = 1, 2  # kinds of extra samples: alpha that the colours are multiplied by, and alpha
 
 
-def picture_page(file: tifffile.TiffFile) -> tuple[int, tifffile.TiffPage]:
-    """The one page of a TIFF file that is no reduced copy of another, and its index.
+def picture_page(file: tifffile.TiffFile) -> tifffile.TiffPage:
+    """The one page of a TIFF file that is no reduced copy of another.
 
-    Raises RefusedError where there are several or none, as in the raw files of many cameras, or pixels are missing.
+    Raises RefusedError where there are several or none, as in the raw files of many cameras.
     """
     indices = range(len(file.pages))  # to count them ends at a page that points back; to iterate does not
-    pages = [(index, file.pages[index]) for index in indices if not file.pages[index].subfiletype & REDUCED]
+    pages = [file.pages[index] for index in indices if not file.pages[index].subfiletype & REDUCED]
     if not indices:
         raise RefusedError("the image is damaged (a TIFF file without a page)")
     if len(pages) > 1:
         raise RefusedError(f"a TIFF file of {len(pages)} pages; one picture is restored at a time")
-    if not pages or 50706 in pages[0][1].tags:  # DNGVersion
+    if not pages or 50706 in pages[0].tags:  # DNGVersion
         raise RefusedError("a camera's raw file; develop it into a TIFF or JPEG file first")
-    page = pages[0][1]
-    # Decoders leave what is missing black.
-    ends = [start + count for start, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
-    if len(ends) < math.prod(page.chunked) or max(ends) > file.filehandle.size:
-        raise RefusedError("the image is damaged (a TIFF file that lacks a part of its pixels)")
     return pages[0]
+
+
+def check_is_whole(page: tifffile.TiffPage) -> None:
+    """Raises RefusedError where pixels are missing: decoders leave them black."""
+    ends = [start + count for start, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
+    if len(ends) < math.prod(page.chunked) or max(ends) > page.parent.filehandle.size:
+        raise RefusedError("the image is damaged (a TIFF file that lacks a part of its pixels)")
 
 
 def decode_samples(
     page: tifffile.TiffPage,
-) -> tuple[Float32[np.ndarray, "h w c"], Float32[np.ndarray, "h w"] | None]:
-    """Pixels of more than 8 bits in [0, 1], grey, RGB or CMYK (with a profile that works), and their alpha.
+) -> tuple[
+    UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"],
+    UInt8[np.ndarray, "h w"] | Float32[np.ndarray, "h w"] | None,
+]:
+    """Pixels, grey, RGB or CMYK (with a profile that works), and their alpha: of 8 bits, or of more in [0, 1].
 
-    White is the largest number of the file's bits; of 32 bits and of floating point, where nothing says what it is, 1,
-    255 or 65535, whichever first holds all of them, else the largest. Raises RefusedError for other kinds of pixels.
+    Raises RefusedError for other kinds of pixels, and for a compression that cannot be read.
     """
-    kind = page.photometric
+    kind, compression = page.photometric, page.compression
     is_complex = page.dtype is None or page.dtype.kind == "c"
     if kind not in CHANNELS or page.samplesperpixel < CHANNELS[kind] or is_complex:
         raise RefusedError(
             f"a TIFF file of {page.bitspersample} bits and {page.samplesperpixel} channels, of a kind that is not read "
             f"(photometric interpretation {int(kind)})"
         )
-    samples = page.asarray()
+    if compression != 1 and compression not in tifffile.TIFF.DECOMPRESSORS:
+        name = getattr(compression, "name", compression)
+        raise RefusedError(f"a TIFF file with compression {name}, which cannot be read")
+    if kind == PHOTOMETRIC.YCBCR and compression not in tifffile.TIFF.IMAGE_COMPRESSIONS:
+        import imagecodecs
+
+        page.parent.filehandle.seek(0)  # tifffile knows neither subsampling nor the way to RGB, libtiff does
+        samples = imagecodecs.tiff_decode(page.parent.filehandle.read(), index=page.index, asrgb=True)
+    else:
+        samples = page.asarray()
     if page.axes.startswith("S"):  # planar
         samples = np.moveaxis(samples, 0, -1)
     samples = samples.reshape(page.imagelength, page.imagewidth, -1)
-    colours = samples[..., : CHANNELS[kind]]
-    if kind == PHOTOMETRIC.CIELAB:  # L* of 16 bits, a* and b* with a sign, in 256ths
-        lightness, a, b = (
-            colours[..., 0] / np.float32(655.35),
-            *(colours[..., i].view(np.int16) / np.float32(256) for i in (1, 2)),
-        )
-        return lab_to_srgb(np.stack([lightness, a, b], -1)), None
-    if samples.dtype == np.uint16:
-        white = 2**page.bitspersample - 1
+    bits, colours, alpha = page.bitspersample, samples[..., : CHANNELS[kind]], None
+    extra = page.extrasamples[0] if page.extrasamples else None
+    if extra in (MULTIPLIED, ALPHA):
+        alpha = samples[..., CHANNELS[kind]]
+    if kind == PHOTOMETRIC.PALETTE:
+        bits, colours = 8, (page.colormap.T >> 8).astype(np.uint8)[colours[..., 0]]
+    has_inks = kind == PHOTOMETRIC.SEPARATED and not use_of_profile(page.tags.valueof(34675) or b"", 4)
+    is_converted = kind in (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.CIELAB) or has_inks or extra == MULTIPLIED
+    if bits == 8 and colours.dtype == np.uint8 and not is_converted:
+        return np.ascontiguousarray(colours), None if alpha is None else np.ascontiguousarray(alpha)
+
+    white = white_of(colours, bits)
+    if alpha is not None:
+        alpha = _from_black_to(white, alpha)
+    if kind == PHOTOMETRIC.CIELAB:  # L* without a sign, a* and b* with one, in 256ths where there are 16 bits
+        lightness = colours[..., 0] / np.float32(white / 100)
+        a, b = (colours[..., i].view(f"i{bits // 8}") / np.float32(2 ** (bits - 8)) for i in (1, 2))
+        pixels = lab_to_srgb(np.stack([lightness, a, b], -1))
     else:
-        largest = np.nan_to_num(colours).max()
-        whites = [1, 255, 65535] if samples.dtype.kind == "f" else [255, 65535]
-        white = next((white for white in whites if largest <= white), largest)
-    pixels = np.clip(np.nan_to_num(colours.astype(np.float32)) / np.float32(white), 0, 1)
-    alpha = None
-    if page.extrasamples and page.extrasamples[0] in (1, 2):
-        alpha = np.clip(
-            np.nan_to_num(samples[..., CHANNELS[kind]].astype(np.float32)) / np.float32(white), 0, 1
-        )
-        if page.extrasamples[0] == 1:  # the colours are multiplied by it
-            pixels = np.clip(pixels / np.maximum(alpha, np.float32(1e-6))[..., None], 0, 1)
+        pixels = _from_black_to(white, colours)
+    if extra == MULTIPLIED:
+        pixels = np.clip(pixels / np.maximum(alpha, np.float32(1e-6))[..., None], 0, 1)
     if kind == PHOTOMETRIC.MINISWHITE:
         pixels = 1 - pixels
-    if kind == PHOTOMETRIC.SEPARATED and not use_of_profile(page.tags.valueof(34675) or b"", 4):
-        pixels = (1 - pixels[..., :3]) * (1 - pixels[..., 3:])  # as Pillow converts 8 bits: of ideal inks
+    if has_inks:
+        pixels = (1 - pixels[..., :3]) * (1 - pixels[..., 3:])  # as Pillow converts JPEG files: of ideal inks
+    if bits <= 8:
+        pixels, alpha = (
+            None if values is None else np.round(values * 255).astype(np.uint8) for values in (pixels, alpha)
+        )
     return pixels, alpha
 
 
-def exif_of(file: io.BufferedIOBase) -> bytes | None:
-    """A TIFF file's own tags but those of its image, as EXIF data; None where there are none or they are damaged.
+def white_of(samples: np.ndarray, bits: int) -> float:
+    """The sample that is white: the largest number of up to 16 bits; of others nothing says it.
+
+    Of 1 (in floating point), 255 and 65535 the first that 99 samples of 100 do not pass: lamps and defective pixels are
+    fewer. Light may be brighter than white, so that 1 is white up to 16, four stops above it. Of still larger samples,
+    the largest whole number that there is, or what those 99 reach.
+    """
+    kind = samples.dtype.kind
+    largest = 2.0 ** (bits - (kind == "i")) - 1
+    if kind in "bu" and bits <= 16:
+        return largest
+    some = samples[:: 1 + len(samples) // 1000, :: 1 + samples.shape[1] // 1000]
+    some = some[np.isfinite(some)]
+    bright = float(np.percentile(some, 99)) if some.size else 0.0
+    if kind == "f":
+        largest = max(bright, 65535.0)
+        if bright <= 16:
+            return 1.0
+    return next((white for white in (255.0, 65535.0) if bright <= white <= largest), largest)
+
+
+def _from_black_to(white, samples):
+    return np.clip(np.nan_to_num(samples.astype(np.float32)) / np.float32(white), 0, 1)
+
+
+def exif_of(page: tifffile.TiffPage, file: io.BufferedIOBase) -> bytes | None:
+    """A page's tags but those of its image, as EXIF data; None where there are none or they are damaged.
 
     Packed anew: what its maker notes point to is not where it was.
     """
-    file.seek(0)
     exif = Image.Exif()
     try:
-        exif.load_from_fp(file)
+        exif.endian, exif.bigtiff = page.parent.byteorder, page.parent.is_bigtiff
+        exif.load_from_fp(file, page.offset)
+        exif.bigtiff = False  # as which it is packed
         no_unit = exif.get(RESOLUTION_UNIT) == 1  # as tifffile writes it where nobody has named a resolution
         for tag in OF_THE_IMAGE | (RESOLUTION if no_unit else set()):
             exif.pop(tag, None)
