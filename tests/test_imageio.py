@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import io
 import os
 import stat
 import struct
@@ -255,6 +256,49 @@ def test_bad_inputs_are_named(smooth, tmp_path):
             with pytest.raises(ValueError, match=reason) as raised:
                 read(tmp_path / name)
             assert str(raised.value).startswith(f"{tmp_path / name}: ")
+
+
+JPEG = [
+    {},
+    {"subsampling": 0},
+    {"restart_marker_blocks": 5},
+    {"restart_marker_rows": 1},
+    {"progressive": True},
+    {"progressive": True, "restart_marker_rows": 1},
+]
+
+
+@pytest.mark.parametrize("options", JPEG, ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_files_that_were_cut_and_then_ended_are_refused(mode, options):
+    file = io.BytesIO()
+    Image.fromarray(skimage.data.astronaut()[:96, :128]).convert(mode).save(file, "JPEG", **options)
+    data = file.getvalue()
+    start = data.index(b"\xff\xda") + 20
+    cuts = [start + (len(data) - start) * share // 100 for share in (0, 1, 20, 50)]
+    cuts.append(data.rfind(b"\xff\xda"))  # the last scan
+    if b"\xff\xd3" in data[start:]:
+        cuts.append(data.find(b"\xff\xd3", start))  # a restart
+    for cut in cuts:
+        with pytest.raises(ValueError, match=r"^a\.jpg: the image is damaged"):
+            read_image_uint8("a.jpg", data[:cut].removesuffix(b"\xff") + b"\xff\xd9")
+            pytest.fail(f"cut at byte {cut} of {len(data)}")
+    assert read_image_uint8("a.jpg", data + b"behind its end").shape == (96, 128, 3)
+
+
+@pytest.mark.parametrize("options", JPEG, ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_files_that_end_in_grey_are_read(mode, options):
+    for corner in (127, 128):
+        pixels = skimage.data.astronaut()[:96, :128].copy()
+        pixels[48:, 64:] = corner
+        image = Image.fromarray(pixels).convert(mode)
+        image.paste(corner if mode == "L" else (corner,) * len(mode), (64, 48, 128, 96))
+        image.save(file := io.BytesIO(), "JPEG", quality=95, **options)
+        assert read_image_uint8("a.jpg", file.getvalue()).shape == (96, 128, 3)
+        for frames in ([image], [image, image]):
+            frames[0].save(file := io.BytesIO(), "MPO", save_all=True, append_images=frames[1:], **options)
+            assert read_image_uint8("a.jpg", file.getvalue()).shape == (96, 128, 3)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])

@@ -32,6 +32,7 @@ METADATA = ("icc_profile", "exif", "xmp")  # as Pillow and pillow_heif name them
 OUTPUT_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 LARGEST_SIDE = 16384  # pixels of a result; beyond any size that the model is made for (8K)
 LARGEST_PIXELS = LARGEST_SIDE**2  # of a picture that is read: 268 million, as many as a result can have
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # but restarts, which lie within a scan
 LARGEST_WEBP_SIDE = 16383  # pixels; the format has 14 bits for a side
 SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
 
@@ -253,6 +254,8 @@ def _read_tiff(file):
 def _read_with_pillow(file):
     with _pillow_image(file) as image:
         pixels, alpha = _samples_of_16_bits(image, file) or _samples(image)
+        if image.format in ("JPEG", "MPO"):
+            _check_jpeg_is_whole(image, file)
         profile, exif, xmp = map(image.info.get, METADATA)
         if (
             exif is None and "Raw profile type exif" in image.info
@@ -282,6 +285,43 @@ def _pillow_image(file) -> Iterator[Image.Image]:
         if frames > 1:
             raise RefusedError(f"animated, {frames} pictures; only single pictures are read")
         yield image
+
+
+def _check_jpeg_is_whole(image, file):
+    """Raises RefusedError where there is an end, but not all before it: libjpeg leaves what is missing grey or coarse.
+
+    A component needs its 64 coefficients to their last bits, in one scan or in several (ITU-T T.81, figures B.3 and
+    B.4). Of the last scan, only the grey that libjpeg puts for blocks is looked for. A picture may end in it as well,
+    but takes nothing from what is added before its end.
+    """
+    file.seek(0)
+    data, at, missing = file.read(), 2, {None}
+    while missing:
+        found = JPEG_MARKER.search(data, at)
+        if found is None or found[0] == b"\xff\xd9":
+            raise RefusedError("the image is damaged (a JPEG file that lacks a part of its pixels)")
+        at, kind = found.start(), found[0][1]
+        segment = data[at + 4 : at + 2 + int.from_bytes(data[at + 2 : at + 4])]
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # a frame, not tables
+            is_progressive = kind & 3 == 2
+            missing = {(component, k) for component in segment[6::3] for k in range(64)}
+        elif kind == 0xDA:  # a scan
+            first, last, bits = segment[-3:] if is_progressive else (0, 63, 0)
+            if bits & 15 == 0:
+                missing -= {(component, k) for component in segment[1:-3:2] for k in range(first, last + 1)}
+        at += 4 + len(segment)
+    if (np.abs(np.array(image.getpixel((image.width - 1, image.height - 1))) - 127.5) < 1).all():
+        at = JPEG_MARKER.search(data, at).start()
+        noise = np.random.default_rng(0).integers(
+            0, 255, (17, 256), np.uint8
+        )  # no 255, with which markers begin
+        restarts = [
+            b"\xff%c" % (0xD0 + i % 8) for i in range(17)
+        ]  # of which the missing part may begin with any
+        more = b"".join(part for pair in zip(map(bytes, noise), restarts, strict=True) for part in pair)
+        with Image.open(io.BytesIO(data[:at] + more + data[at:]), formats=("JPEG",)) as other:
+            if other.tobytes() != image.tobytes():
+                raise RefusedError("the image is damaged (a JPEG file that lacks a part of its pixels)")
 
 
 def _check_size(width, height):
