@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zlib
 
+import imagecodecs
 import jax
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from PIL import Image, ImageOps, PngImagePlugin
 from zipir_jax import imageio
 from zipir_jax.imageio import (
     check_dtype_and_shape,
+    decode,
     distinct_names,
     list_images,
+    opened,
     read_image,
     read_image_uint8,
     resize,
@@ -219,6 +222,18 @@ def test_16_bit_grey_keeps_its_precision(tmp_path, brightest):
     Image.fromarray(grey).save(tmp_path / "a.png")
     read = (read_image(tmp_path / "a.png").astype(np.float64) + 1) / 2 * 65535
     np.testing.assert_allclose(read, grey[..., None].repeat(3, -1), atol=0.01)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_transparent_colour_of_16_bits_becomes_alpha(channels):
+    pixels = np.arange(12 * channels, dtype=np.uint16).reshape(3, 4, channels) * 1000
+    png = imagecodecs.png_encode(pixels.squeeze())
+    PngImagePlugin.putchunk(chunk := io.BytesIO(), b"tRNS", pixels[1, 2].astype(">u2").tobytes())
+    with opened("a.png", png[:33] + chunk.getvalue() + png[33:]) as file:  # behind the header
+        picture = decode(file)
+    np.testing.assert_array_equal(np.argwhere(picture.alpha == 0), [[1, 2]])
+    assert set(np.unique(picture.alpha)) == {0, 1}
+    np.testing.assert_allclose(picture.pixels * 65535, pixels, atol=0.01)
 
 
 def test_cmyk_jpeg_becomes_rgb(smooth, tmp_path):
