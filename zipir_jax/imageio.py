@@ -19,6 +19,7 @@ from jaxtyping import Float32, UInt8
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from zipir_jax import icc, tiff
+from zipir_jax.boxes import avif_bits
 from zipir_jax.files import RefusedError, replacing
 from zipir_jax.metadata import xmp_orientation
 
@@ -345,26 +346,23 @@ def _samples(image):
 
 def _samples_of_16_bits(image, file):
     """What `_samples` returns, of PNG and AVIF files of whose more than 8 bits Pillow keeps 8; None for others."""
-    if image.format == "PNG" and image.tile[0][3].endswith(";16B"):
-        if _has_late_metadata(file):
-            image.load()  # for its EXIF data and XMP
-        white = 65535
-    elif image.format == "AVIF":
-        file.seek(0)
-        start = file.read(2**16)
-        depth = start[start.find(b"av1C") + 6] if b"av1C" in start[:-8] else 0  # AV1-ISOBMFF, section 2.3.3
-        if not depth & 0x40:  # high_bitdepth
-            return None
-        white = 4095 if depth & 0x20 else 1023  # twelve_bit
-    else:
+    is_deep_png = image.format == "PNG" and image.tile[0][3].endswith(";16B")
+    if not is_deep_png and image.format != "AVIF":
         return None
     import imagecodecs
 
     file.seek(0)
     data = file.read()
-    samples = imagecodecs.png_decode(data) if image.format == "PNG" else imagecodecs.avif_decode(data)
-    samples = samples[..., None] if samples.ndim == 2 else samples
-    return _split_alpha(np.clip(samples / np.float32(white), 0, 1))
+    if is_deep_png:
+        bits, samples = 16, imagecodecs.png_decode(data)
+        if _has_late_metadata(file):
+            image.load()  # for its EXIF data and XMP
+    else:
+        bits = avif_bits(data)
+        if bits == 8:
+            return None
+        samples = imagecodecs.avif_decode(data)
+    return _split_alpha(np.clip(samples / np.float32(2**bits - 1), 0, 1))
 
 
 def _split_alpha(samples):
