@@ -200,6 +200,45 @@ def test_grey_becomes_three_equal_channels(smooth, tmp_path):
     np.testing.assert_allclose(levels(tmp_path / "a.png"), smooth[..., :1].repeat(3, -1), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "mode", "options"),
+    [
+        ("gif", "P", {}),
+        ("png", "P", {}),
+        ("png", "RGBA", {}),
+        ("webp", "RGB", {"lossless": True}),
+        ("webp", "RGB", {"quality": 80}),  # whose channels differ by a level
+        ("avif", "RGB", {}),
+        ("jpg", "RGB", {}),
+        ("tif", "RGB", {}),
+        ("jpg", "CMYK", {}),
+    ],
+)
+@pytest.mark.parametrize("profile", [None, "adobergb"])
+def test_colours_that_are_all_grey_are_one_channel(suffix, mode, options, profile):
+    grey = np.add.outer(np.arange(96), np.arange(128)).astype(np.uint8)
+    image = Image.fromarray(grey).convert("RGB")
+    image = image.quantize(256) if mode == "P" else image.convert(mode)
+    if profile is not None:
+        options = options | {"icc_profile": imagecodecs.cms_profile(profile)}
+    image.save(file := io.BytesIO(), Image.registered_extensions()[f".{suffix}"], **options)
+    with opened("a", file.getvalue()) as opened_file:
+        picture = decode(opened_file)
+    assert picture.pixels.shape == (96, 128, 1) and picture.icc is None
+    in_profile = profile is not None and suffix != "gif" and mode != "CMYK"
+    curve = ((grey / 255) ** 2.2 * 1.055**2.4) ** (1 / 2.4) - 0.055  # of Adobe RGB's, that of sRGB
+    expected = 255 * curve if in_profile else grey
+    assert np.abs(picture.pixels[..., 0].astype(float) - expected)[grey > 30].max() <= 8
+
+
+def test_a_trace_of_colour_is_not_grey():
+    pixels = skimage.data.camera()[100:196, 100:228, None].repeat(3, -1)
+    pixels[90, 100, 2] ^= 2  # a pixel that no look at every 16th finds
+    for samples in (pixels, pixels.astype(np.uint16) << 4):
+        with opened("a.png", imagecodecs.png_encode(samples)) as file:
+            assert decode(file).pixels.shape == (96, 128, 3)
+
+
 def test_palette_becomes_its_colours(smooth, tmp_path):
     palette = Image.fromarray(smooth).quantize(16)
     palette.save(tmp_path / "a.png")

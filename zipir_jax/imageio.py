@@ -44,7 +44,7 @@ class Decoded:
 
     pixels: (
         UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]
-    )  # of 8 bits, or in [0, 1]; c is 1 (grey) or 3
+    )  # of 8 bits, or in [0, 1]; c is 1 (grey) or 3, of which not all are equal
     alpha: UInt8[np.ndarray, "h w"] | Float32[np.ndarray, "h w"] | None
     file_format: str
     icc: bytes | None  # a profile that has a way back from sRGB; pixels of others are in sRGB already
@@ -217,15 +217,20 @@ def decode(file: io.BufferedIOBase) -> Decoded:
 
     Of an MPO file, the first picture; of HEIC, the primary one. A profile that is damaged or of other pixels counts as
     absent; CMYK, and profiles that have no way back, as those of scanners, are converted to sRGB and leave no profile.
+    Colours that are all grey are one channel, in sRGB: palettes and WebP files have no other way to hold grey.
     """
     read = _read_heif if _is_heif(file) else _read_tiff if _is_tiff(file) else _read_with_pillow
     pixels, alpha, file_format, profile, exif, xmp, orientation = read(file)
     use = icc.use_of_profile(profile, pixels.shape[2]) if profile else None
     if use == "to sRGB":
-        is_bytes = pixels.dtype == np.uint8
-        pixels = (
-            icc.to_srgb_uint8(pixels, profile) if is_bytes else np.clip(icc.to_srgb(pixels, profile), 0, 1)
-        )
+        pixels = _clipped_to_srgb(pixels, profile)
+    if pixels.shape[2] == 3 and _is_grey(pixels):
+        if use == "both ways":
+            pixels = _clipped_to_srgb(pixels, profile)
+        pixels, use = (
+            np.ascontiguousarray(pixels[..., 1:2]),
+            None,
+        )  # a profile of colours belongs to none of grey
     if orientation in range(2, 9):
         pixels = upright(pixels, orientation)
         alpha = None if alpha is None else upright(alpha, orientation)
@@ -263,6 +268,23 @@ def _read_with_pillow(file):
         ):  # as ImageMagick puts it into PNG files, in text
             exif = image.getexif().tobytes()
         return Stored(pixels, alpha, image.format, profile, exif, xmp, _orientation(image.getexif))
+
+
+def _clipped_to_srgb(pixels, profile):
+    if pixels.dtype == np.uint8:
+        return icc.to_srgb_uint8(pixels, profile)
+    return np.clip(icc.to_srgb(pixels, profile), 0, 1)
+
+
+def _is_grey(pixels):
+    """Whether three channels are equal; in 8 bits, to a level, as lossy WebP makes them of grey."""
+    tolerance = 1 if pixels.dtype == np.uint8 else 0
+    for part in (pixels[::16, ::16], pixels):  # colours show in few of the pixels
+        red, green, blue = np.moveaxis(part, -1, 0)
+        for other in (red, blue):
+            if (np.maximum(green, other) - np.minimum(green, other)).max() > tolerance:
+                return False
+    return True
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
