@@ -24,7 +24,7 @@ from markdown_it import MarkdownIt
 from tests.conftest import TINY, foreign_model, save_random_weights, write_foreign_model
 from zipir_jax import benchmark, prepare, weights
 from zipir_jax.command_line import load_config, parse
-from zipir_jax.imageio import write_image
+from zipir_jax.photograph import write_image
 
 ROOT = Path(__file__).parents[1]
 CARD = ROOT / "zipir_jax" / "weights" / "default" / "README.md"

@@ -11,10 +11,11 @@ from zipir_jax import evaluate, prepare
 from zipir_jax.config import TASKS, SamplingConfig
 from zipir_jax.data.degrade import apply_task
 from zipir_jax.data.preview import GAP, LABEL_HEIGHT
-from zipir_jax.imageio import read_image, resize, to_float, to_uint8, write_image
+from zipir_jax.imageio import read_image, resize, to_float, to_uint8
 from zipir_jax.metrics.photographs import read_original
 from zipir_jax.models import sd_vae
 from zipir_jax.models.lp_vae import decode, encode
+from zipir_jax.photograph import write_image
 from zipir_jax.restorer import Restorer
 from zipir_jax.weights import load_weights
 

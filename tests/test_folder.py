@@ -20,8 +20,8 @@ from tests import folder_of_200
 from zipir_jax import comparison, folder, provenance
 from zipir_jax.config import RestorationConfig, SamplingConfig, TargetConfig
 from zipir_jax.files import DiskFullError
-from zipir_jax.imageio import resize, to_float, write_image
-from zipir_jax.photograph import read_photograph
+from zipir_jax.imageio import resize, to_float
+from zipir_jax.photograph import read_photograph, write_image
 from zipir_jax.restorer import PHASES
 
 PICTURE = skimage.data.astronaut()[100:108, 200:210]

@@ -16,7 +16,8 @@ from tests.conftest import TINY, save_random_weights
 from zipir_jax import prepare, restorer, sample
 from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT, DataConfig, SamplingConfig
 from zipir_jax.data.text import TextEmbeddings, write_text
-from zipir_jax.imageio import read_image_uint8, write_image
+from zipir_jax.imageio import read_image_uint8
+from zipir_jax.photograph import write_image
 from zipir_jax.prompts import choose_prompts, embed_prompts, read_prompt_file
 from zipir_jax.restorer import Restorer
 from zipir_jax.weights import TEXT, load_config

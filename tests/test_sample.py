@@ -18,11 +18,12 @@ from safetensors.numpy import load_file, save_file
 from zipir_jax import provenance, sample
 from zipir_jax import restorer as restorer_module
 from zipir_jax.config import MODELS, SamplingConfig, TargetConfig
-from zipir_jax.imageio import read_image, to_float, to_uint8, write_image
+from zipir_jax.imageio import read_image, to_float, to_uint8
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import abstract_params, bind
 from zipir_jax.models.lp_vae import encode
 from zipir_jax.models.pixel_decoder import PixelDecoder
+from zipir_jax.photograph import write_image
 from zipir_jax.planner import padded_size
 from zipir_jax.restorer import Restorer, check_image, pad_by_reflection, target_pixels, target_size
 from zipir_jax.weights import save_weights

@@ -20,8 +20,9 @@ from zipir_jax.command_line import cache_compiled_programs, machine, parse, run
 from zipir_jax.config import TASKS, RestorationConfig, check_seed
 from zipir_jax.data.preview import side_by_side
 from zipir_jax.files import check_replaceable, check_writable, replacing
-from zipir_jax.imageio import distinct_names, write_image
+from zipir_jax.imageio import distinct_names
 from zipir_jax.metrics.photographs import CROP_MULTIPLE, degrade, find_photographs, parse_tasks, read_original
+from zipir_jax.photograph import write_image
 
 NOTES = (
     f"Originals cropped to multiples of {CROP_MULTIPLE} pixels; 8-bit results. PSNR: mean ± standard deviation over "

@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from zipir_jax import comparison, provenance
 from zipir_jax.config import RestorationConfig, TargetConfig
 from zipir_jax.files import DiskFullError, check_replaceable, check_writable, replacing
-from zipir_jax.imageio import IMAGE_SUFFIXES, distinct_names, upright_size
+from zipir_jax.imageio import IMAGE_SUFFIXES, distinct_names, upright_size, visible_files
 from zipir_jax.photograph import (
     OUTPUT_FORMATS,
     Photograph,
@@ -104,27 +104,17 @@ def plan_jobs(
 def find_photographs(folder: Path, output: Path) -> tuple[list[Path], int, list[str]]:
     """The pictures, by suffix, of a folder and those below it, sorted; how many files are none; what cannot be read.
 
-    Hidden files and folders, those of macOS and our own temporary ones among them, do not count. Links to folders are
-    followed, but to each folder once. What lies in the output folder is no input; where the input folder lies in the
-    output folder, this is said of results alone, which have records.
+    Of the files that `imageio.visible_files` finds, what lies in the output folder is no input; where the input folder
+    lies in the output folder, this is said of results alone, which have records.
     """
     results = os.path.realpath(output)
-    top = os.path.realpath(folder)
-    seen, is_within = {top}, Path(top).is_relative_to(results)
+    is_within = Path(os.path.realpath(folder)).is_relative_to(results)
     paths, ignored, unreadable = [], 0, []
 
     def complain(error):
         unreadable.append(f"{error.filename}: cannot be read ({error.strerror})")
 
-    for root, folders, files in os.walk(folder, onerror=complain, followlinks=True):
-        targets = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(folders)}
-        folders[:] = [
-            name
-            for name, target in targets.items()
-            if not name.startswith(".") and target not in seen and target != results
-        ]
-        seen.update(targets.values())
-        visible = [Path(root) / name for name in files if not name.startswith(".")]
+    for visible in visible_files(folder, results, complain):
         made = _made_files(visible) if is_within else set()
         pictures = [path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES]
         ignored += len(visible) - len(pictures)

@@ -1,15 +1,16 @@
-"""Image files to arrays and back: one decoder, for training and for restoring."""
+"""Image files to arrays: one decoder, for training and for restoring."""
 
 import contextlib
 import dataclasses
 import io
+import itertools
 import logging
 import os
 import re
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from zipir_jax import icc, tiff
 from zipir_jax.boxes import avif_bits
-from zipir_jax.files import RefusedError, replacing
+from zipir_jax.files import RefusedError
 from zipir_jax.metadata import xmp_orientation
 
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # read with the extra `heif`
@@ -30,11 +31,9 @@ PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "AVIF")  # MPO is found a
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 HEIF_SEQUENCES = {b"hevc", b"hevx", b"msf1"}
 METADATA = ("icc_profile", "exif", "xmp")  # as Pillow and pillow_heif name them
-OUTPUT_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 LARGEST_SIDE = 16384  # pixels of a result; beyond any size that the model is made for (8K)
 LARGEST_PIXELS = LARGEST_SIDE**2  # of a picture that is read: 268 million, as many as a result can have
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # but restarts, which lie within a scan
-LARGEST_WEBP_SIDE = 16383  # pixels; the format has 14 bits for a side
 SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
 
 
@@ -76,18 +75,26 @@ def list_images(folder: Path, recursive: bool = False) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    paths = _walk(folder) if recursive else folder.iterdir()
+    folders = visible_files(folder) if recursive else itertools.islice(visible_files(folder), 1)
+    paths = itertools.chain.from_iterable(folders)
     return sorted(p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
 
-def _walk(folder):
-    """The files of a folder and its subfolders; links to folders are followed, but to each folder once."""
-    seen = {folder.resolve()}
-    for root, names, files in os.walk(folder, followlinks=True):
-        targets = {name: (Path(root) / name).resolve() for name in sorted(names)}
-        names[:] = [name for name, target in targets.items() if target not in seen]
+def visible_files(
+    folder: Path, left_out: str | None = None, onerror: Callable[[OSError], None] | None = None
+) -> Iterator[list[Path]]:
+    """The files of a folder, then those of each folder below it.
+
+    Hidden files and folders, those of macOS and our own temporary ones among them, do not count. Links to folders are
+    followed, but to each folder once. left_out: the real path of a folder that is not looked into, but where it is
+    `folder`. onerror is told of folders that cannot be read.
+    """
+    seen = {os.path.realpath(folder), left_out}
+    for root, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
+        targets = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(folders)}
+        folders[:] = [n for n, target in targets.items() if not n.startswith(".") and target not in seen]
         seen.update(targets.values())
-        yield from (Path(root) / name for name in files)
+        yield [Path(root) / name for name in files if not name.startswith(".")]
 
 
 def distinct_names(paths: list[Path]) -> list[str]:
@@ -531,25 +538,3 @@ def check_dtype_and_shape(image: object) -> None:
         raise ValueError(f"the image must be a float32 array in [-1, 1], not {found}.")
     if image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"the image has shape {image.shape} instead of (height, width, 3).")
-
-
-def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]) -> None:
-    """Write an image, uint8 or float32 in [-1, 1], as PNG, JPEG (quality 95) or lossless WebP, by the path's suffix.
-
-    The file appears whole or not at all. Raises ValueError, with the path in it, for another suffix, a size that the
-    format cannot hold, or a folder that cannot be written.
-    """
-    path = Path(path)
-    file_format = OUTPUT_FORMATS.get(path.suffix.lower())
-    if file_format is None:
-        raise ValueError(f"{path}: the output must end in one of {', '.join(OUTPUT_FORMATS)}")
-    height, width = image.shape[:2]
-    if file_format == "WEBP" and max(height, width) > LARGEST_WEBP_SIDE:
-        raise ValueError(
-            f"{path}: {width} x {height} pixels, but a side of a WebP file is at most {LARGEST_WEBP_SIDE}; "
-            "write a PNG or JPEG file"
-        )
-    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(file_format, {})
-    pixels = Image.fromarray(image if image.dtype == np.uint8 else to_uint8(image))
-    with replacing(path) as file:
-        pixels.save(file, file_format, **options)

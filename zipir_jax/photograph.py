@@ -196,6 +196,11 @@ def write_photograph(
         return _write(replacement, photograph, output_format(file))
 
 
+def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]) -> None:
+    """Write pixels alone, uint8 or float32 in [-1, 1], as `write_photograph` does. Raises the same."""
+    write_photograph(path, Photograph(to_float(image) if image.dtype == np.uint8 else image))
+
+
 def _write(file, photograph, file_format):
     check_side("the photograph", file_format, photograph.pixels.shape[:2])
     profile, exif, xmp, not_kept = photograph.icc, photograph.exif, photograph.xmp, []

@@ -14,6 +14,7 @@ from zipir_jax.command_line import parse, run
 from zipir_jax.config import DataConfig, DegradationConfig, IndexConfig
 from zipir_jax.data.degrade import MINIMUM_SIDE, check_image
 from zipir_jax.data.preview import contact_sheet
+from zipir_jax.photograph import write_image
 
 CAPTIONS_AT_ONCE = 256  # that a text encoder sorts into batches of one length
 
@@ -56,7 +57,7 @@ def preview(
         except ValueError as error:
             raise ValueError(f"{paths[index]}: {error}") from None
     sheet = contact_sheet([crops[index % len(crops)] for index in range(count)], degradation, seed, columns)
-    imageio.write_image(output, sheet)
+    write_image(output, sheet)
     print(f"{output}: {count} pairs from {len(crops)} images")
 
 

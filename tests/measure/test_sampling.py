@@ -9,10 +9,10 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from zipir_jax import benchmark
 from zipir_jax.config import SamplingConfig
-from zipir_jax.imageio import write_image
 from zipir_jax.measure import plot, sampling
 from zipir_jax.metrics.photographs import degrade, read_original
 from zipir_jax.metrics.scoring import BASELINE, UNDIFFUSED
+from zipir_jax.photograph import write_image
 from zipir_jax.restorer import Restorer
 
 

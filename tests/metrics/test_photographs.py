@@ -2,8 +2,8 @@ import numpy as np
 import skimage.data
 
 from zipir_jax.config import TASKS
-from zipir_jax.imageio import write_image
 from zipir_jax.metrics import photographs
+from zipir_jax.photograph import write_image
 
 
 def test_a_photograph_by_name():

@@ -10,7 +10,7 @@ from zipir_jax.config import DataConfig, DegradationConfig
 from zipir_jax.data.pipeline import batches
 from zipir_jax.data.sources import open_sources
 from zipir_jax.data.synthetic import SyntheticSource
-from zipir_jax.imageio import write_image
+from zipir_jax.photograph import write_image
 
 PHOTOGRAPHS = 8  # that are written where none are given
 PHOTOGRAPH_SIDE = 1.5  # of theirs / the crop's: what a zoom of 0.5 to 1 asks for on average

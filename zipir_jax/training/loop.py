@@ -23,10 +23,11 @@ from zipir_jax.data.latents import CachedLatents
 from zipir_jax.data.pipeline import Batches, batch_shapes, batches, crop_size
 from zipir_jax.data.sources import Source, open_sources
 from zipir_jax.data.text import TextEmbeddings
-from zipir_jax.imageio import to_uint8, write_image
+from zipir_jax.imageio import to_uint8
 from zipir_jax.metrics.fidelity import load_lpips
 from zipir_jax.models.flops import peak_flops
 from zipir_jax.models.lp_vae import COARSE_FACTOR, FACTOR
+from zipir_jax.photograph import write_image
 from zipir_jax.signals import delayed_signals
 from zipir_jax.training import checkpoint
 from zipir_jax.training.flops import training_flops
