@@ -312,6 +312,15 @@ def test_bad_inputs_are_named(smooth, tmp_path):
             assert str(raised.value).startswith(f"{tmp_path / name}: ")
 
 
+def test_a_png_file_without_pixels_is_refused(smooth, tmp_path):
+    write_image(tmp_path / "a.png", smooth)
+    data = (tmp_path / "a.png").read_bytes()
+    for read in (upright_size, read_image_uint8):
+        with pytest.raises(ValueError) as raised:
+            read("a.png", data[:33] + data[-12:])  # its header and its end
+        assert str(raised.value) == "a.png: the image is damaged (a PNG file without pixels)"
+
+
 JPEG = [
     {},
     {"subsampling": 0},

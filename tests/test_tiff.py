@@ -185,6 +185,12 @@ def test_what_cannot_be_read_is_named():
         assert str(raised.value) == f"a.tif: a TIFF file with compression {name}, which cannot be read"
 
 
+def test_a_picture_is_too_large_before_it_lacks_pixels():
+    data = patched(patched(tiff_of(COLOURS, photometric="rgb"), 256, 60_000), 257, 60_000)
+    with pytest.raises(ValueError, match=r"the most that is read \(60000 x 60000 pixels\)"):
+        read_image_uint8("a.tif", data)
+
+
 # --------------------------------------------------------------------------------------------------
 # EXIF data
 # --------------------------------------------------------------------------------------------------

@@ -310,6 +310,8 @@ def _pillow_image(file) -> Iterator[Image.Image]:
     file.seek(0)
     with Image.open(file, formats=PILLOW_FORMATS) as image:
         _check_size(image.width, image.height)
+        if image.format == "PNG" and not image.tile:
+            raise RefusedError("the image is damaged (a PNG file without pixels)")
         # An MPO file holds other views of its first picture.
         frames = image.n_frames if image.format in ("GIF", "PNG", "WEBP", "AVIF") else 1
         if frames > 1:
