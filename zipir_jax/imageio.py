@@ -41,9 +41,8 @@ SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*",
 class Decoded:
     """What an image file holds, upright and in the file's own colours."""
 
-    pixels: (
-        UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]
-    )  # of 8 bits, or in [0, 1]; c is 1 (grey) or 3, of which not all are equal
+    # Of 8 bits, or in [0, 1]; c is 1 (grey) or 3, which are not all equal.
+    pixels: UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]
     alpha: UInt8[np.ndarray, "h w"] | Float32[np.ndarray, "h w"] | None
     file_format: str
     icc: bytes | None  # a profile that has a way back from sRGB; pixels of others are in sRGB already
@@ -234,10 +233,7 @@ def decode(file: io.BufferedIOBase) -> Decoded:
     if pixels.shape[2] == 3 and _is_grey(pixels):
         if use == "both ways":
             pixels = _clipped_to_srgb(pixels, profile)
-        pixels, use = (
-            np.ascontiguousarray(pixels[..., 1:2]),
-            None,
-        )  # a profile of colours belongs to none of grey
+        pixels, use = np.ascontiguousarray(pixels[..., 1:2]), None  # a profile of colours is none of grey
     if orientation in range(2, 9):
         pixels = upright(pixels, orientation)
         alpha = None if alpha is None else upright(alpha, orientation)

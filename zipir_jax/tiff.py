@@ -109,26 +109,7 @@ def decode_samples(
 
     Raises RefusedError for other kinds of pixels, and for a compression that cannot be read.
     """
-    kind, compression = page.photometric, page.compression
-    is_complex = page.dtype is None or page.dtype.kind == "c"
-    if kind not in CHANNELS or page.samplesperpixel < CHANNELS[kind] or is_complex:
-        raise RefusedError(
-            f"a TIFF file of {page.bitspersample} bits and {page.samplesperpixel} channels, of a kind that is not read "
-            f"(photometric interpretation {int(kind)})"
-        )
-    if compression != 1 and compression not in tifffile.TIFF.DECOMPRESSORS:
-        name = getattr(compression, "name", compression)
-        raise RefusedError(f"a TIFF file with compression {name}, which cannot be read")
-    if kind == PHOTOMETRIC.YCBCR and compression not in tifffile.TIFF.IMAGE_COMPRESSIONS:
-        import imagecodecs
-
-        page.parent.filehandle.seek(0)  # tifffile knows neither subsampling nor the way to RGB, libtiff does
-        samples = imagecodecs.tiff_decode(page.parent.filehandle.read(), index=page.index, asrgb=True)
-    else:
-        samples = page.asarray()
-    if page.axes.startswith("S"):  # planar
-        samples = np.moveaxis(samples, 0, -1)
-    samples = samples.reshape(page.imagelength, page.imagewidth, -1)
+    kind, samples = page.photometric, _stored_samples(page)
     bits, colours, alpha = page.bitspersample, samples[..., : CHANNELS[kind]], None
     extra = page.extrasamples[0] if page.extrasamples else None
     if extra in (MULTIPLIED, ALPHA):
@@ -160,6 +141,30 @@ def decode_samples(
             None if values is None else np.round(values * 255).astype(np.uint8) for values in (pixels, alpha)
         )
     return pixels, alpha
+
+
+def _stored_samples(page):
+    """All samples of a page [h, w, c], decompressed."""
+    kind, compression = page.photometric, page.compression
+    is_complex = page.dtype is None or page.dtype.kind == "c"
+    if kind not in CHANNELS or page.samplesperpixel < CHANNELS[kind] or is_complex:
+        raise RefusedError(
+            f"a TIFF file of {page.bitspersample} bits and {page.samplesperpixel} channels, of a kind that is not read "
+            f"(photometric interpretation {int(kind)})"
+        )
+    if compression != 1 and compression not in tifffile.TIFF.DECOMPRESSORS:
+        name = getattr(compression, "name", compression)
+        raise RefusedError(f"a TIFF file with compression {name}, which cannot be read")
+    if kind == PHOTOMETRIC.YCBCR and compression not in tifffile.TIFF.IMAGE_COMPRESSIONS:
+        import imagecodecs
+
+        page.parent.filehandle.seek(0)  # tifffile knows neither subsampling nor the way to RGB, libtiff does
+        samples = imagecodecs.tiff_decode(page.parent.filehandle.read(), index=page.index, asrgb=True)
+    else:
+        samples = page.asarray()
+    if page.axes.startswith("S"):  # planar
+        samples = np.moveaxis(samples, 0, -1)
+    return samples.reshape(page.imagelength, page.imagewidth, -1)
 
 
 def white_of(samples: np.ndarray, bits: int) -> float:
