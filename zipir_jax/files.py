@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+class RefusedError(ValueError):
+    """Why a file is not read, as a sentence without its path; never leaves the readers of imageio.py."""
+
+
 class DiskFullError(ValueError):
     """No space is left for a file, nor for the next."""
 

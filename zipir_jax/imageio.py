@@ -17,7 +17,7 @@ from jaxtyping import Float32, UInt8
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from zipir_jax import icc
-from zipir_jax.files import replacing
+from zipir_jax.files import RefusedError, replacing
 from zipir_jax.metadata import xmp_orientation
 
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # read with the extra `heif`
@@ -31,10 +31,6 @@ LARGEST_SIDE = 16384  # pixels of a result; beyond any size that the model is ma
 LARGEST_PIXELS = LARGEST_SIDE**2  # of a picture that is read: 268 million, as many as a result can have
 LARGEST_WEBP_SIDE = 16383  # pixels; the format has 14 bits for a side
 SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
-
-
-class RefusedError(ValueError):
-    """Why a file is not read, as a sentence without its path; never leaves this module's readers."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
@@ -102,10 +98,10 @@ def read_image(path: str | Path) -> Float32[np.ndarray, "h w 3"]:
     """An image file as float32 [h, w, 3] in [-1, 1], sRGB, turned upright as its EXIF orientation says.
 
     Grey and palette images become RGB; alpha is dropped, and so are colours outside sRGB; more than 8 bits keep their
-    precision. Colours go through the file's ICC profile, if it has one that works; the gAMA and cHRM chunks of PNG and
-    the colour codes of AVIF and HEIC are not looked at. Raises ValueError, with the path in it, for a file that is
-    missing, not readable, empty, truncated, no image, animated, or of more than `LARGEST_PIXELS` pixels, the limit of a
-    process that has called `raise_pixel_limit`.
+    precision. Colours go through the file's ICC profile, if it has one that works, or one made of its colour codes; the
+    gAMA and cHRM chunks of PNG are not looked at. Raises ValueError, with the path in it, for a file that is missing,
+    not readable, empty, truncated, no image, animated, of high dynamic range, or of more than `LARGEST_PIXELS` pixels,
+    the limit of a process that has called `raise_pixel_limit`.
     """
     with opened(path) as file:
         pixels = in_srgb(decode(file))
@@ -203,7 +199,8 @@ def decode(file: io.BufferedIOBase) -> Decoded:
     """The picture in a file: what the content says it is, whatever the file is called. To be called within `opened`.
 
     Of an MPO file, the first picture; of HEIC, the primary one. A profile that is damaged or of other pixels counts as
-    absent; CMYK, and profiles that have no way back, as those of scanners, are converted to sRGB and leave no profile.
+    absent; CMYK, and profiles that have no way back, as those of scanners, are converted to sRGB, whose profile stands
+    in their place.
     """
     orientation, exif = None, None
     if _is_heif(file):
@@ -235,7 +232,9 @@ def decode(file: io.BufferedIOBase) -> Decoded:
                 "exif" not in info and "Raw profile type exif" in info
             ):  # as ImageMagick puts it into PNG files, in text
                 info["exif"] = image.getexif().tobytes()
-    profile, exif, xmp = info.get("icc_profile"), info.get("exif"), info.get("xmp")
+    exif, xmp = info.get("exif"), info.get("xmp")
+    exif = exif.removeprefix(b"Exif\0\0") if exif else None
+    profile = icc.profile_of(file, info, exif)
 
     use = icc.use_of_profile(profile, pixels.shape[2]) if profile else None
     if use == "to sRGB":
@@ -243,6 +242,7 @@ def decode(file: io.BufferedIOBase) -> Decoded:
         pixels = (
             icc.to_srgb_uint8(pixels, profile) if is_bytes else np.clip(icc.to_srgb(pixels, profile), 0, 1)
         )
+        profile, use = (icc.coded_profile(1, 13), "sRGB") if pixels.shape[2] == 3 else (None, None)
     if orientation in range(2, 9):
         pixels = upright(pixels, orientation)
         alpha = None if alpha is None else upright(alpha, orientation)
@@ -251,7 +251,7 @@ def decode(file: io.BufferedIOBase) -> Decoded:
         alpha,
         file_format,
         profile if use in ("sRGB", "both ways") else None,
-        exif.removeprefix(b"Exif\0\0") if exif else None,
+        exif,
         xmp or None,
     )
 

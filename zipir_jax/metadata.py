@@ -5,13 +5,16 @@ more than 4 bytes is the offset of one. Maker notes, too, hold offsets that nobo
 that are wrong now are overwritten where they stand, and every other byte stays as it was.
 """
 
+import io
 import re
 import struct
+from collections.abc import Iterator
 
 from PIL import ExifTags, Image
 
 ORIENTATION = ExifTags.Base.Orientation
 SHORT, LONG = 3, 4  # types of entries
+LARGEST_CHUNK = 2**20  # bytes of a PNG file's chunk; as much as Pillow takes of a text
 WIDTHS = {ExifTags.Base.ImageWidth, ExifTags.Base.ExifImageWidth}
 HEIGHTS = {ExifTags.Base.ImageLength, ExifTags.Base.ExifImageHeight}
 
@@ -42,6 +45,27 @@ def corrected_exif(exif: bytes, height: int, width: int) -> bytes | None:
     if turned and after + 4 <= len(corrected):
         corrected[after : after + 4] = bytes(4)
     return bytes(corrected) if exif_orientation(bytes(corrected)) in (None, 1) else None
+
+
+def exif_names_adobe_rgb(exif: bytes) -> bool:
+    """Whether EXIF data say that colours are Adobe RGB's, as cameras do: an interoperability index "R03" (DCF 2.0)."""
+    loaded = Image.Exif()
+    try:
+        loaded.load(exif)
+        return str(loaded.get_ifd(ExifTags.IFD.Interop).get(1, "")).startswith("R03")
+    except Exception:  # Pillow's readers of EXIF data raise nearly anything
+        return False
+
+
+def png_chunks(file: io.BufferedIOBase) -> Iterator[tuple[bytes, bytes]]:
+    """(kind, data) of a PNG file's chunks but those of its pixels and of more than LARGEST_CHUNK, to a damaged one."""
+    at, size = 8, file.seek(0, io.SEEK_END)  # the signature
+    while at + 12 <= size:
+        file.seek(at)
+        length, kind = struct.unpack(">I4s", file.read(8))
+        at += length + 12  # and the checksum
+        if kind not in (b"IDAT", b"fdAT") and length <= LARGEST_CHUNK and at <= size:
+            yield kind, file.read(length)
 
 
 def hiding_orientation(exif: bytes) -> bytes:

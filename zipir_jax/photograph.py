@@ -55,6 +55,7 @@ LARGEST_SEGMENT = 65533  # bytes of a JPEG file's marker
 XMP_MARKER = b"http://ns.adobe.com/xap/1.0/\0"
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # ITU-R BT.709
 ROWS = 256  # that are made ready for a file at once
+VISIBLE = np.float32(8 / 255)  # alpha, below which a file's colours are anything
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
@@ -97,8 +98,8 @@ class Photograph:
 def read_photograph(path: str | Path, data: bytes | None = None) -> Photograph:
     """An image file, or its bytes, with what belongs to it. Raises ValueError as `imageio.read_image` does.
 
-    Colours outside sRGB are clipped in the pixels and kept beside them; where the picture is transparent, and its
-    colours arbitrary, it has those of the nearest pixel that is not.
+    Colours outside sRGB are clipped in the pixels and kept beside them; where the picture is all but transparent, and
+    its colours arbitrary, it has those of the nearest pixel that is not.
     """
     with opened(path, data) as file:
         picture = decode(file)
@@ -132,11 +133,11 @@ def read_photograph(path: str | Path, data: bytes | None = None) -> Photograph:
 def fill_transparent(
     pixels: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"], alpha: Float32[np.ndarray, "h w"]
 ) -> UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]:
-    """Pixels that have, where alpha is 0, the colour of the nearest pixel where it is not; as a new array.
+    """Pixels that have, where alpha is below VISIBLE, the colour of the nearest pixel where it is not; as a new array.
 
-    Files hold black there, or anything, and a network would let it bleed into the edges.
+    Files hold black there, or what rounding has left, and a network would let it bleed into the edges.
     """
-    transparent = alpha == 0
+    transparent = alpha < VISIBLE
     if transparent.all() or not transparent.any():
         return pixels
     # The distance to the nearest zero, and a number for which of the zeros it is.
@@ -205,7 +206,7 @@ def _write(file, photograph, file_format):
     bits = photograph.bits if file_format in OF_16_BITS else 8
     if bits < photograph.bits:
         not_kept.append(f"{photograph.bits} bits a sample: {file_format} files have 8")
-    if photograph.alpha is not None and file_format == "JPEG":
+    if photograph.alpha is not None and file_format == "JPEG" and photograph.alpha.min() < 254.5 / 255:
         not_kept.append("transparency: JPEG files have none, and the picture is put on white")
     if file_format in ("TIFF", "AVIF") and exif and byte_order(exif) is None:
         exif = None

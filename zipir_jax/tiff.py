@@ -9,8 +9,8 @@ import tifffile
 from jaxtyping import Float32, UInt8, UInt16
 from PIL import Image
 
+from zipir_jax.files import RefusedError
 from zipir_jax.icc import lab_to_srgb, use_of_profile
-from zipir_jax.imageio import RefusedError
 from zipir_jax.metadata import byte_order, directory
 
 REDUCED = 1  # bit of NewSubfileType: a smaller copy of another picture of the file
