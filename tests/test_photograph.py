@@ -12,12 +12,14 @@ import pytest
 import skimage.data
 import tifffile
 from PIL import Image, ImageCms
+from PIL.IptcImagePlugin import getiptcinfo
 from skimage.color import deltaE_ciede2000
 
 from zipir_jax import photograph
 from zipir_jax.config import RestorationConfig, SamplingConfig, TargetConfig
 from zipir_jax.icc import ADOBE_RGB, coded_profile, rgb_profile
 from zipir_jax.imageio import read_image, read_image_uint8, resize, to_float, to_uint8, upright_size
+from zipir_jax.metadata import GAIN_MAP
 from zipir_jax.photograph import (
     OUTPUT_FORMATS,
     Photograph,
@@ -206,6 +208,92 @@ def test_what_jpeg_has_no_room_for_is_named(smooth):
     assert write_photograph(file, fits, "JPEG") == []
     read = read_photograph("a.jpg", file.getvalue())
     assert read.exif == fits.exif and read.xmp == fits.xmp
+
+
+IPTC = b"\x1c\x02\x50\x00\x06Author" + b"\x1c\x02\x78\x00\x05Title"
+
+
+def test_iptc_data_density_and_texts_are_kept_where_a_format_has_them(smooth):
+    texts = ((b"tEXt", b"Comment\0a harbour"), (b"iTXt", b"Author\0\0\0de\0\0J\xc3\xb6rg"))
+    photo = Photograph(to_float(smooth), iptc=IPTC, density=(300.0, 240.0), texts=texts)
+    kept = {
+        "JPEG": (IPTC, (300, 240), texts[:1], ["the texts of the file (Author)"]),
+        "TIFF": (IPTC, (300, 240), (), ["the texts of the file (Comment, Author)"]),
+        "PNG": (None, (300, 240), texts, ["the IPTC data"]),
+    }
+    nowhere = [
+        "the IPTC data",
+        "the density of 300 x 240 dots per inch",
+        "the texts of the file (Comment, Author)",
+    ]
+    kept |= dict.fromkeys(("WEBP", "AVIF", "HEIF"), (None, None, (), nowhere))
+    for file_format, (iptc, density, texts_kept, names) in kept.items():
+        not_kept = write_photograph(file := io.BytesIO(), bypassed(photo), file_format)
+        assert [sentence.split(":")[0] for sentence in not_kept] == names
+        read = read_photograph("a", file.getvalue())
+        assert read.iptc == iptc and read.texts == texts_kept and read.lost == ()
+        assert read.density == (density and pytest.approx(density, rel=1e-3))
+        with Image.open(io.BytesIO(file.getvalue())) as image:  # as others see it
+            assert (getiptcinfo(image) or {}) == ({(2, 80): b"Author", (2, 120): b"Title"} if iptc else {})
+            assert image.info.get("dpi") == (density and pytest.approx(density, rel=1e-3))
+            assert (file_format != "PNG") or (image.text["Author"], image.text["Comment"]) == (
+                "J\u00f6rg",
+                "a harbour",
+            )
+            assert (file_format != "JPEG") or image.info["comment"] == b"a harbour"
+
+
+def test_density_comes_from_exif_data_where_a_file_names_no_other(smooth):
+    exif = Image.Exif()
+    exif[0x011A] = exif[0x011B] = 240.0
+    data = encoded(Image.fromarray(smooth), "WEBP", exif=exif.tobytes())
+    photo = read_photograph("a.webp", data)
+    assert photo.density == (240, 240)
+    assert write_photograph(io.BytesIO(), photo, "AVIF") == []  # it is in the EXIF data
+    write_photograph(file := io.BytesIO(), photo, "PNG")
+    assert Image.open(io.BytesIO(file.getvalue())).info["dpi"] == pytest.approx((240, 240), rel=1e-3)
+    assert (
+        read_photograph("a.jpg", encoded(Image.fromarray(smooth), "JPEG", exif=exif_data())).density is None
+    )
+
+
+def test_iptc_data_and_comments_too_large_for_jpeg_are_named(smooth):
+    large = IPTC + bytes(66_000)
+    photo = Photograph(
+        to_float(smooth), iptc=large, density=(7e4, 7e4), texts=((b"tEXt", b"Comment\0" + bytes(66_000)),)
+    )
+    not_kept = write_photograph(file := io.BytesIO(), photo, "JPEG")
+    assert [sentence.split(",")[0] for sentence in not_kept] == ["the IPTC data", "the comment"]
+    read = read_photograph("a.jpg", file.getvalue())
+    assert (read.iptc, read.texts, read.density) == (None, (), None)
+    write_photograph(file := io.BytesIO(), photo, "TIFF")
+    assert read_photograph("a.tif", file.getvalue()).iptc == large
+
+
+def test_what_of_a_file_is_not_read_is_named_with_the_result(smooth):
+    """Other pictures of an MPO file, gain maps of JPEG and HEIC; and no XMP announces them in the result."""
+    gain_map = b'<x hdrgm:Version="1.0" dc:title="t"/>'
+    image = Image.fromarray(smooth)
+    photo = read_photograph("a.jpg", encoded(image, "JPEG", xmp=gain_map))
+    assert photo.xmp == b'<x dc:title="t"/>'
+    assert write_photograph(io.BytesIO(), bypassed(photo), "PNG") == [GAIN_MAP]
+    photo = read_photograph("a.jpg", animated("MPO", 3))
+    assert photo.lost == ("other pictures of the file (2): the first is restored",)
+    assert photo.density is None and photo.texts == ()
+    write_photograph(file := io.BytesIO(), Photograph(to_float(smooth)), "HEIF")
+    announced = file.getvalue() + b"\0\0\0\x2afreeurn:com:apple:photo:2020:aux:hdrgainmap\0"
+    assert read_photograph("a.heic", announced).lost == (GAIN_MAP,)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_a_picture_turned_by_xmp_in_single_quotes_is_turned(smooth, tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    xmp = b"<x tiff:Orientation='6'><mwg-rs:Regions>faces</mwg-rs:Regions></x>"
+    write_photograph(path, Photograph(to_float(stored(smooth, 6)), xmp=xmp))
+    assert upright_size(path) == (24, 40)
+    photo = read_photograph(path)
+    np.testing.assert_allclose(to_uint8(photo.pixels).astype(int), smooth, atol=4 if suffix == "jpg" else 0)
+    assert bypassed(photo).xmp == b"<x tiff:Orientation='1'></x>" and "faces" in photo.lost[0]
 
 
 @pytest.mark.parametrize("exif", [b"garbage", *(exif_data()[:length] for length in (5, 8, 12, 30, 60, 120))])

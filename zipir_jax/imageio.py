@@ -142,7 +142,7 @@ def upright_size(path: str | Path, data: bytes | None = None) -> tuple[int, int]
                 # A PNG file may hold EXIF data behind its pixels; to find none Pillow decodes them: 100 times the work.
                 if isinstance(image, PngImagePlugin.PngImageFile) and not _has_late_metadata(file):
                     getexif = super(PngImagePlugin.PngImageFile, image).getexif
-                orientation = _orientation(getexif)
+                orientation = _orientation(getexif, image.info)
         return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
@@ -221,13 +221,15 @@ def decode(file: io.BufferedIOBase) -> Decoded:
             else:
                 with _pillow_image(file) as image:
                     image.seek(index)
+                    if _orientation(image.getexif, {}) is not None:  # Pillow turns it as it loads
+                        orientation = None
                     pixels, alpha = _samples(image)
-                    orientation = _orientation(image.getexif)  # none: Pillow has turned it
         file_format = "TIFF"
     else:
         with _pillow_image(file) as image:
             pixels, alpha = _samples_of_16_bits(image, file) or _samples(image)
-            file_format, info, orientation = image.format, dict(image.info), _orientation(image.getexif)
+            file_format, info = image.format, dict(image.info)
+            orientation = _orientation(image.getexif, info)
             if (
                 "exif" not in info and "Raw profile type exif" in info
             ):  # as ImageMagick puts it into PNG files, in text
@@ -398,8 +400,9 @@ def _heif_samples(image):
     return samples / np.float32((2**bits - 1) << (16 - bits))
 
 
-def _orientation(getexif):
-    """EXIF orientation, 1 to 8; None where there is none or the EXIF data are damaged: the pixels are not.
+def _orientation(getexif, info):
+    """EXIF orientation, 1 to 8, else that of XMP; None where there is none or the EXIF data are damaged: the pixels are
+    not.
 
     `ImageOps.exif_transpose` packs the other EXIF data anew, and fails where one of them is damaged.
     """
@@ -407,7 +410,7 @@ def _orientation(getexif):
         orientation = getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow's readers of EXIF data raise nearly anything
         return None
-    return orientation if isinstance(orientation, int) else None
+    return orientation if isinstance(orientation, int) else xmp_orientation(info.get("xmp") or b"")
 
 
 def _has_late_metadata(file):
