@@ -206,4 +206,6 @@ def test_xmp_of_what_the_result_has_not_is_taken_out_and_named():
     ]
     after, sentences = xmp_of_the_picture(before, turned=True)
     assert after == kept + b"</rdf:Description>" and "faces" in sentences[-1]
-    assert xmp_of_the_picture(kept, turned=True) == (kept, [])
+    for whole in (kept, b"<hdrgm:Version>", kept + 30_000 * b"\n" + b"</rdf:Description>"):
+        assert xmp_of_the_picture(whole, turned=True) == (whole, [])
+    assert xmp_of_the_picture(b"<a><hdrgm:Version/></a>", turned=False) == (b"<a></a>", [GAIN_MAP])

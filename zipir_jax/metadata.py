@@ -56,9 +56,11 @@ def read_beside(file: io.BufferedIOBase, file_format: str) -> dict:
     elif file_format == "TIFF":
         import tifffile
 
+        from zipir_jax.tiff import picture_page
+
         with tifffile.TiffFile(file) as tiff:
-            found = [page.tags.valueof(IPTC_OF_TIFF) for page in tiff.pages[:]]
-        iptc = next((data for data in found if isinstance(data, bytes)), None)
+            found = picture_page(tiff)[1].tags.valueof(IPTC_OF_TIFF)
+        iptc = found if isinstance(found, bytes) else None
     elif re.search(rb"hdrgainmap|infe.{8,10}tmap", file.read(2**16), re.DOTALL):  # Apple's, ISO 21496-1's
         lost = [GAIN_MAP]
     return {"iptc": iptc or None, "density": density, "texts": tuple(texts), "lost": tuple(lost)}
@@ -233,8 +235,18 @@ def _property(names):
 
 
 def _without_properties(text, names):
-    """XMP without attributes and elements of these names."""
-    text = re.sub(rf"\s+(?:{names})\s*=\s*(?:\"[^\"]*\"|'[^']*')", "", text)
-    return re.sub(
-        rf"<(?P<name>{names})(?:\s[^<>]*)?(?:/>|(?<!/)>.*?</(?P=name)\s*>)", "", text, flags=re.DOTALL
-    )
+    """XMP without attributes and elements of these names, in a time that grows with its length alone."""
+    text = re.sub(rf"(?<!\s)\s+(?:{names})\s*=\s*(?:\"[^\"]*\"|'[^']*')", "", text)
+    kept, at = [], 0
+    for opening in re.finditer(rf"<({names})(?:\s[^<>]*|/)?>", text):
+        if opening.start() < at:  # within another one
+            continue
+        end = opening.end()
+        if not opening[0].endswith("/>"):
+            closing = f"</{opening[1]}>"
+            end = text.find(closing, end) + len(closing)
+            if end <= opening.end():  # there is none: damaged
+                break
+        kept.append(text[at : opening.start()])
+        at = end
+    return "".join(kept) + text[at:]
