@@ -63,6 +63,7 @@ def read_beside(file: io.BufferedIOBase, file_format: str) -> dict:
         iptc = found if isinstance(found, bytes) else None
     elif re.search(rb"hdrgainmap|infe.{8,10}tmap", file.read(2**16), re.DOTALL):  # Apple's, ISO 21496-1's
         lost = [GAIN_MAP]
+    density = density if density and min(density) > 0 else None
     return {"iptc": iptc or None, "density": density, "texts": tuple(texts), "lost": tuple(lost)}
 
 

@@ -238,19 +238,10 @@ def _write(file, photograph, file_format):
     if file_format in ("TIFF", "AVIF") and exif and byte_order(exif) is None:
         exif = None
         not_kept.append(f"the EXIF data, which are damaged: {file_format} files hold them only whole")
-    if photograph.iptc and file_format not in OF_IPTC:
-        not_kept.append(f"the IPTC data: {file_format} files have none")
-    if photograph.density and file_format not in OF_DENSITY and not (exif and exif_density(exif)):
-        x, y = photograph.density
-        not_kept.append(f"the density of {x:.4g} x {y:.4g} dots per inch: {file_format} files have none")
-    comment = next((data for _, data in photograph.texts if data.startswith(COMMENT)), None)
-    texts = [data for _, data in photograph.texts if file_format != "JPEG" or data is not comment]
-    if texts and file_format != "PNG":
-        names = ", ".join(dict.fromkeys(data.partition(b"\0")[0].decode("latin-1") for data in texts))
-        not_kept.append(f"the texts of the file ({names}): {file_format} files have no place for them")
+    written = dataclasses.replace(photograph, icc=profile, exif=exif)
+    not_kept += _without_place(written, file_format)
     samples = samples_of(photograph, profile, bits, is_grey, put_on_white=file_format == "JPEG")
 
-    written = dataclasses.replace(photograph, icc=profile, exif=exif)
     if file_format == "PNG":
         _write_png(file, samples, written)
     elif file_format == "TIFF":
@@ -261,8 +252,7 @@ def _write(file, photograph, file_format):
         image = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
         metadata = {"icc_profile": profile, "exif": exif and b"Exif\0\0" + exif, "xmp": written.xmp}
         if file_format == "JPEG":
-            not_kept += _write_jpeg(file, image, metadata, written, comment and comment.removeprefix(COMMENT))
-            return not_kept
+            return not_kept + _write_jpeg(file, image, metadata, written)
         metadata = {key: value for key, value in metadata.items() if value}
         if file_format == "WEBP":
             image.save(file, "WEBP", lossless=True, **metadata)
@@ -273,6 +263,28 @@ def _write(file, photograph, file_format):
         else:
             _write_avif(file, image, metadata)
     return not_kept
+
+
+def _without_place(photograph, file_format):
+    """Sentences on IPTC data, density and texts that a format has no place for."""
+    sentences = []
+    if photograph.iptc and file_format not in OF_IPTC:
+        sentences.append(f"the IPTC data: {file_format} files have none")
+    named = photograph.exif and exif_density(photograph.exif)
+    if photograph.density and file_format not in OF_DENSITY and not named:
+        x, y = photograph.density
+        sentences.append(f"the density of {x:.4g} x {y:.4g} dots per inch: {file_format} files have none")
+    kept = {"PNG": photograph.texts, "JPEG": _comments(photograph)[:1]}.get(file_format, ())
+    texts = [data for kind, data in photograph.texts if (kind, data) not in kept]
+    if texts:
+        names = ", ".join(dict.fromkeys(data.partition(b"\0")[0].decode("latin-1") for data in texts))
+        sentences.append(f"the texts of the file ({names}): {file_format} files have no place for them")
+    return sentences
+
+
+def _comments(photograph):
+    """The texts that a JPEG file can have, one of them."""
+    return [(kind, data) for kind, data in photograph.texts if kind == b"tEXt" and data.startswith(COMMENT)]
 
 
 def samples_of(
@@ -303,12 +315,13 @@ def samples_of(
     return samples
 
 
-def _write_jpeg(file, image, metadata, photograph, comment):
+def _write_jpeg(file, image, metadata, photograph):
     """JPEG by Pillow, and sentences of what is larger than a marker of the format."""
     iptc = photograph.iptc
     if iptc:  # an image resource of Photoshop (Adobe's file format specification)
         resource = struct.pack(">4sHxxI", b"8BIM", IPTC_OF_PHOTOSHOP, len(iptc)) + iptc + bytes(len(iptc) % 2)
         iptc = b"Photoshop 3.0\0" + resource
+    comment = next((data.removeprefix(COMMENT) for _, data in _comments(photograph)), None)
     not_kept, metadata = [], metadata | {"extra": iptc, "comment": comment}
     for key, name, marker in (
         ("exif", "EXIF data", b""),
