@@ -3,7 +3,17 @@ import struct
 import pytest
 from PIL import Image
 
-from zipir_jax.metadata import byte_order, corrected_exif, corrected_xmp, directory, exif_orientation
+from zipir_jax.metadata import (
+    GAIN_MAP,
+    byte_order,
+    corrected_exif,
+    corrected_xmp,
+    directory,
+    exif_density,
+    exif_orientation,
+    xmp_of_the_picture,
+    xmp_orientation,
+)
 
 SHORT, LONG, ASCII, UNDEFINED = 3, 4, 2, 7
 # Where the parts of `camera_exif` begin.
@@ -85,6 +95,40 @@ def test_a_size_too_large_for_its_field_gets_a_wider_one(order):
     assert {tag: kind for _, tag, kind, *_ in directory(corrected, order, EXIF_IFD)[0]}[0xA003] == LONG
 
 
+def test_where_the_subject_is_leaves_exif_data():
+    """In pixels of another picture: the entry goes, those behind it move up, and nothing else does."""
+    exif = Image.Exif()
+    exif[0x011A], exif[0x0128] = 118.11, 3
+    tags = {0x9214: (150, 100, 30, 20), 0x927C: b"note of the maker", 0xA214: (150, 100), 0xA420: "id"}
+    exif.get_ifd(0x8769).update(tags)
+    before = exif.tobytes().removeprefix(b"Exif\0\0")
+    corrected = corrected_exif(before, 1200, 800)
+    loaded = Image.Exif()
+    loaded.load(corrected)
+    assert loaded.get_ifd(0x8769) == {0x927C: b"note of the maker", 0xA420: "id"}
+    assert len(corrected) == len(before) and corrected_exif(corrected, 1200, 800) == corrected
+    (start,) = [value for _, tag, *_, value in directory(before, ">", 8)[0] if tag == 0x8769]
+    places = directory(before, ">", start)[1] + 4
+    assert corrected[:start] == before[:start] and corrected[places:] == before[places:]
+
+
+def test_the_density_of_exif_data_is_in_inches():
+    for unit, x, expected in [
+        (2, 300.0, 300),
+        (3, 118.11, 300),
+        (None, 72.0, 72),
+        (1, 300.0, None),
+        (2, 0.0, None),
+    ]:
+        exif = Image.Exif()
+        exif[0x011A] = exif[0x011B] = x
+        if unit is not None:
+            exif[0x0128] = unit
+        found = exif_density(exif.tobytes())
+        assert found == (None if expected is None else pytest.approx((expected, expected), rel=1e-3))
+    assert exif_density(camera_exif("<")) is exif_density(b"garbage") is None
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_damaged_exif_data_neither_turn_the_picture_nor_hang(order):
     exif = camera_exif(order)
@@ -108,6 +152,18 @@ def test_damaged_exif_data_neither_turn_the_picture_nor_hang(order):
             b'<a tiff:Orientation="1" tiff:ImageWidth="800"/>',
         ),
         (b"<a tiff:Orientation = '8'\n/>", b"<a tiff:Orientation = '1'\n/>"),
+        (
+            b"<tiff:Orientation rdf:datatype='xsd:int'> 6 </tiff:Orientation>",
+            b"<tiff:Orientation rdf:datatype='xsd:int'> 1 </tiff:Orientation>",
+        ),
+        (
+            b"<a><exif:SubjectArea><rdf:Seq><rdf:li>9</rdf:li></rdf:Seq></exif:SubjectArea><b/></a>",
+            b"<a><b/></a>",
+        ),
+        (
+            b"<mwg-rs:AppliedToDimensions stDim:w='300' stDim:h='200' stDim:unit='pixel'/>",
+            b"<mwg-rs:AppliedToDimensions stDim:w='800' stDim:h='1200' stDim:unit='pixel'/>",
+        ),
         (b"<tiff:ImageLength>3</tiff:ImageLength>", b"<tiff:ImageLength>1200</tiff:ImageLength>"),
         (
             b'<a exif:PixelXDimension="3" exif:PixelYDimension="4" exif:ExposureTime="1/60"/>',
@@ -122,3 +178,34 @@ def test_damaged_exif_data_neither_turn_the_picture_nor_hang(order):
 )
 def test_xmp_is_the_same_but_for_orientation_and_size(before, after):
     assert corrected_xmp(before, height=1200, width=800) == after
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-16-be"])
+def test_xmp_is_read_and_corrected_in_its_encoding(encoding):
+    packet = "<a tiff:Orientation='6' dc:title='\u00e4\u6f22\U0001f600'/>"
+    assert xmp_orientation(packet.encode(encoding)) == 6
+    corrected = corrected_xmp(packet.encode(encoding), height=1200, width=800)
+    assert corrected == packet.replace("6", "1", 1).encode(encoding)
+
+
+def test_xmp_of_what_the_result_has_not_is_taken_out_and_named():
+    before = (
+        b'<rdf:Description rdf:about="" hdrgm:Version="1.0"\n xmpNote:HasExtendedXMP="5A" dc:title="t">'
+        b"<Container:Directory><rdf:Seq><rdf:li><Container:Item Item:Semantic='GainMap'/></rdf:li></rdf:Seq>"
+        b"</Container:Directory><GCamera:MotionPhoto>1</GCamera:MotionPhoto>"
+        b"<mwg-rs:Regions rdf:parseType='Resource'><mwg-rs:Name>A</mwg-rs:Name></mwg-rs:Regions></rdf:Description>"
+    )
+    kept = b'<rdf:Description rdf:about="" dc:title="t">'
+    faces = b"<mwg-rs:Regions rdf:parseType='Resource'><mwg-rs:Name>A</mwg-rs:Name></mwg-rs:Regions>"
+    after, sentences = xmp_of_the_picture(before, turned=False)
+    assert after == kept + faces + b"</rdf:Description>"
+    assert [sentence.split(":")[0] for sentence in sentences] == [
+        GAIN_MAP.split(":")[0],
+        "the film of the motion photo",
+        "the extended XMP",
+    ]
+    after, sentences = xmp_of_the_picture(before, turned=True)
+    assert after == kept + b"</rdf:Description>" and "faces" in sentences[-1]
+    for whole in (kept, b"<hdrgm:Version>", kept + 30_000 * b"\n" + b"</rdf:Description>"):
+        assert xmp_of_the_picture(whole, turned=True) == (whole, [])
+    assert xmp_of_the_picture(b"<a><hdrgm:Version/></a>", turned=False) == (b"<a></a>", [GAIN_MAP])

@@ -12,10 +12,14 @@ import pytest
 import skimage.data
 import tifffile
 from PIL import Image, ImageCms
+from PIL.IptcImagePlugin import getiptcinfo
 from skimage.color import deltaE_ciede2000
 
 from zipir_jax import photograph
+from zipir_jax.config import RestorationConfig, SamplingConfig, TargetConfig
+from zipir_jax.icc import ADOBE_RGB, coded_profile, rgb_profile
 from zipir_jax.imageio import read_image, read_image_uint8, resize, to_float, to_uint8, upright_size
+from zipir_jax.metadata import GAIN_MAP
 from zipir_jax.photograph import (
     OUTPUT_FORMATS,
     Photograph,
@@ -24,6 +28,7 @@ from zipir_jax.photograph import (
     read_photograph,
     write_photograph,
 )
+from zipir_jax.restorer import Restorer, restore_photograph
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6" dc:title="&#228;"/></x:xmpmeta>'
 PREFIX = b"Exif\0\0"
@@ -32,12 +37,7 @@ GREY = imagecodecs.cms_profile("gray", gamma=1.8)
 PROFILES = {
     "sRGB": SRGB,
     "Adobe RGB": imagecodecs.cms_profile("adobergb"),
-    "Display P3": imagecodecs.cms_profile(
-        "rgb",
-        whitepoint=(0.3127, 0.329, 1.0),
-        primaries=(0.68, 0.32, 1, 0.265, 0.69, 1, 0.15, 0.06, 1),
-        gamma=2.2,
-    ),
+    "Display P3": coded_profile(12, 13),
     "ProPhoto": imagecodecs.cms_profile(
         "rgb",
         whitepoint=(0.3457, 0.3585, 1.0),
@@ -188,7 +188,7 @@ def test_what_turns_itself_is_not_turned_twice(tmp_path, suffix, orientation):
 def test_what_jpeg_has_no_room_for_is_named(smooth):
     large = exif_data() + bytes(70_000)
     photo = Photograph(
-        to_float(smooth), bits=16, alpha=np.ones((24, 40), np.float32), exif=large, xmp=XMP * 1000
+        to_float(smooth), bits=16, alpha=np.full((24, 40), 0.9, np.float32), exif=large, xmp=XMP * 1000
     )
     file = io.BytesIO()
     not_kept = write_photograph(file, photo, "JPEG")
@@ -200,11 +200,101 @@ def test_what_jpeg_has_no_room_for_is_named(smooth):
     ]
     read = read_photograph("a.jpg", file.getvalue())
     assert read.exif is read.xmp is None and read.bits == 8
-    fits = Photograph(to_float(smooth), exif=exif_data().ljust(65533 - 6), xmp=XMP.ljust(65533 - 29))
+    opaque = np.ones((24, 40), np.float32)
+    fits = Photograph(
+        to_float(smooth), alpha=opaque, exif=exif_data().ljust(65533 - 6), xmp=XMP.ljust(65533 - 29)
+    )
     file = io.BytesIO()
     assert write_photograph(file, fits, "JPEG") == []
     read = read_photograph("a.jpg", file.getvalue())
     assert read.exif == fits.exif and read.xmp == fits.xmp
+
+
+IPTC = b"\x1c\x02\x50\x00\x06Author" + b"\x1c\x02\x78\x00\x05Title"
+
+
+def test_iptc_data_density_and_texts_are_kept_where_a_format_has_them(smooth):
+    texts = ((b"tEXt", b"Comment\0a harbour"), (b"iTXt", b"Author\0\0\0de\0\0J\xc3\xb6rg"))
+    photo = Photograph(to_float(smooth), iptc=IPTC, density=(300.0, 240.0), texts=texts)
+    kept = {
+        "JPEG": (IPTC, (300, 240), texts[:1], ["the texts of the file (Author)"]),
+        "TIFF": (IPTC, (300, 240), (), ["the texts of the file (Comment, Author)"]),
+        "PNG": (None, (300, 240), texts, ["the IPTC data"]),
+    }
+    nowhere = [
+        "the IPTC data",
+        "the density of 300 x 240 dots per inch",
+        "the texts of the file (Comment, Author)",
+    ]
+    kept |= dict.fromkeys(("WEBP", "AVIF", "HEIF"), (None, None, (), nowhere))
+    for file_format, (iptc, density, texts_kept, names) in kept.items():
+        not_kept = write_photograph(file := io.BytesIO(), bypassed(photo), file_format)
+        assert [sentence.split(":")[0] for sentence in not_kept] == names
+        read = read_photograph("a", file.getvalue())
+        assert read.iptc == iptc and read.texts == texts_kept and read.lost == ()
+        assert read.density == (density and pytest.approx(density, rel=1e-3))
+        if file_format not in ("JPEG", "TIFF", "PNG"):
+            continue
+        with Image.open(io.BytesIO(file.getvalue())) as image:  # as others see it
+            assert image.info["dpi"] == pytest.approx(density, rel=1e-3)
+            assert (getiptcinfo(image) or {}) == ({(2, 80): b"Author", (2, 120): b"Title"} if iptc else {})
+            if file_format == "PNG":
+                assert (image.text["Author"], image.text["Comment"]) == ("J\u00f6rg", "a harbour")
+            elif file_format == "JPEG":
+                assert image.info["comment"] == b"a harbour"
+
+
+def test_density_comes_from_exif_data_where_a_file_names_no_other(smooth):
+    exif = Image.Exif()
+    exif[0x011A] = exif[0x011B] = 240.0
+    data = encoded(Image.fromarray(smooth), "WEBP", exif=exif.tobytes())
+    photo = read_photograph("a.webp", data)
+    assert photo.density == (240, 240)
+    assert write_photograph(io.BytesIO(), photo, "AVIF") == []  # it is in the EXIF data
+    write_photograph(file := io.BytesIO(), photo, "PNG")
+    assert Image.open(io.BytesIO(file.getvalue())).info["dpi"] == pytest.approx((240, 240), rel=1e-3)
+    assert (
+        read_photograph("a.jpg", encoded(Image.fromarray(smooth), "JPEG", exif=exif_data())).density is None
+    )
+
+
+def test_iptc_data_and_comments_too_large_for_jpeg_are_named(smooth):
+    large = IPTC + bytes(66_000)
+    photo = Photograph(
+        to_float(smooth), iptc=large, density=(7e4, 7e4), texts=((b"tEXt", b"Comment\0" + bytes(66_000)),)
+    )
+    not_kept = write_photograph(file := io.BytesIO(), photo, "JPEG")
+    assert [sentence.split(",")[0] for sentence in not_kept] == ["the IPTC data", "the comment"]
+    read = read_photograph("a.jpg", file.getvalue())
+    assert (read.iptc, read.texts, read.density) == (None, (), None)
+    write_photograph(file := io.BytesIO(), photo, "TIFF")
+    assert read_photograph("a.tif", file.getvalue()).iptc == large
+
+
+def test_what_of_a_file_is_not_read_is_named_with_the_result(smooth):
+    """Other pictures of an MPO file, gain maps of JPEG and HEIC; and no XMP announces them in the result."""
+    gain_map = b'<x hdrgm:Version="1.0" dc:title="t"/>'
+    image = Image.fromarray(smooth)
+    photo = read_photograph("a.jpg", encoded(image, "JPEG", xmp=gain_map))
+    assert photo.xmp == b'<x dc:title="t"/>'
+    assert write_photograph(io.BytesIO(), bypassed(photo), "PNG") == [GAIN_MAP]
+    photo = read_photograph("a.jpg", animated("MPO", 3))
+    assert photo.lost == ("other pictures of the file (2): the first is restored",)
+    assert photo.density is None and photo.texts == ()
+    write_photograph(file := io.BytesIO(), Photograph(to_float(smooth)), "HEIF")
+    announced = file.getvalue() + b"\0\0\0\x2afreeurn:com:apple:photo:2020:aux:hdrgainmap\0"
+    assert read_photograph("a.heic", announced).lost == (GAIN_MAP,)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_a_picture_turned_by_xmp_in_single_quotes_is_turned(smooth, tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    xmp = b"<x tiff:Orientation='6'><mwg-rs:Regions>faces</mwg-rs:Regions></x>"
+    write_photograph(path, Photograph(to_float(stored(smooth, 6)), xmp=xmp))
+    assert upright_size(path) == (24, 40)
+    photo = read_photograph(path)
+    np.testing.assert_allclose(to_uint8(photo.pixels).astype(int), smooth, atol=4 if suffix == "jpg" else 0)
+    assert bypassed(photo).xmp == b"<x tiff:Orientation='1'></x>" and "faces" in photo.lost[0]
 
 
 @pytest.mark.parametrize("exif", [b"garbage", *(exif_data()[:length] for length in (5, 8, 12, 30, 60, 120))])
@@ -225,9 +315,10 @@ def test_damaged_exif_data_keep_no_picture_from_being_written(smooth, tmp_path, 
 
 
 def lab(pixels, profile):
-    """What uint8 or uint16 pixels of a profile look like, in CIELAB, by LittleCMS in float32."""
+    """What pixels of a profile, uint8, uint16 or in [0, 1], look like, in CIELAB, by LittleCMS in float32."""
     to_lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    values = (pixels / np.iinfo(pixels.dtype).max).astype(np.float32)
+    full = 1 if pixels.dtype.kind == "f" else np.iinfo(pixels.dtype).max
+    values = (pixels / full).astype(np.float32)
     return imagecodecs.cms_transform(
         values,
         profile,
@@ -275,6 +366,35 @@ def test_colours_come_back_in_their_profile(tmp_path, name, suffix, bits):
     assert deltaE_ciede2000(lab(patches, profile), lab(middles, profile)).max() < limit
 
 
+@pytest.mark.parametrize("name", ["Display P3", "Adobe RGB"])
+def test_colours_come_back_from_the_network_in_their_profile(tiny_weights, name):
+    """Of random weights, which know no colours: what holds them is fidelity and colour correction."""
+    patches = np.array([[[255, 0, 0], [0, 255, 0]], [[200, 60, 40], [90, 120, 140]]], np.uint8)
+    pixels = np.repeat(np.repeat(patches, 96, 0), 96, 1)
+    data = encoded(Image.fromarray(pixels), "PNG", icc_profile=PROFILES[name])
+    restorer, photo = Restorer.load(tiny_weights), read_photograph("a.png", data)
+    assert photo.residual is not None
+
+    def difference(colour_correction):
+        restored = restore_photograph(
+            restorer,
+            photo,
+            TargetConfig(scale=2.0),
+            RestorationConfig(
+                sampling=SamplingConfig(steps=2, fidelity=1.0), colour_correction=colour_correction
+            ),
+        )
+        write_photograph(file := io.BytesIO(), restored, "PNG")
+        assert read_photograph("b.png", file.getvalue()).icc == PROFILES[name]
+        written = imagecodecs.png_decode(file.getvalue()).astype(float)
+        # The middle of each patch, out of the reach of the filters, and the mean of it: the weights add noise.
+        middles = written.reshape(2, 192, 2, 192, 3)[:, 48:144, :, 48:144].mean((1, 3))
+        return deltaE_ciede2000(lab(patches, PROFILES[name]), lab(middles / 255, PROFILES[name]))
+
+    assert difference("wavelet").max() < 1
+    assert difference("none").min() > 5
+
+
 def test_srgb_is_neither_converted_nor_added(smooth, tmp_path):
     for name, options in (("without", {}), ("with", {"icc_profile": SRGB})):
         Image.fromarray(smooth).save(tmp_path / f"{name}.png", **options)
@@ -292,6 +412,67 @@ def test_a_profile_that_is_damaged_or_of_grey_counts_as_none(smooth, tmp_path, p
     photo = read_photograph(tmp_path / "a.png")
     assert photo.icc is None
     np.testing.assert_array_equal(photo.pixels, to_float(smooth))
+
+
+def named_by_code(pixels, kind, primaries, curve):
+    """A file whose colours are named by codes of ITU-T H.273, without a profile."""
+    if kind == "png":
+        data, header = encoded(Image.fromarray(pixels), "PNG"), 8 + 25
+        codes = png_chunk(b"cICP", bytes([primaries, curve, 0, 1]))
+        return data[:header] + png_chunk(b"iCCP", b"x\0\0" + zlib.compress(GREY)) + codes + data[header:]
+    if kind == "avif":
+        return imagecodecs.avif_encode(pixels, level=100, primaries=primaries, transfer=curve)
+    import pillow_heif
+
+    pillow_heif.from_pillow(Image.fromarray(pixels)).save(
+        file := io.BytesIO(),
+        quality=-1,
+        chroma=444,
+        color_primaries=primaries,
+        transfer_characteristics=curve,
+    )
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["png", "avif", "heic"])
+def test_colours_named_by_codes_are_those_of_the_profile_that_the_result_has(smooth, kind):
+    for primaries, curve in [(12, 13), (9, 1), (12, 6), (9, 4)]:
+        photo = read_photograph("a", named_by_code(smooth, kind, primaries, curve))
+        assert photo.icc == coded_profile(primaries, curve)
+        by_profile = read_photograph("a", encoded(Image.fromarray(smooth), "PNG", icc_profile=photo.icc))
+        # Rounding of lossy formats is magnified near black.
+        assert np.abs(photo.pixels - by_profile.pixels).mean() <= (0 if kind == "png" else 0.01)
+        assert np.abs(photo.pixels - to_float(smooth)).max() > 0.1
+        write_photograph(file := io.BytesIO(), photo, "PNG")
+        assert read_photograph("b", file.getvalue()).icc == photo.icc
+    for primaries, curve in [(1, 13), (1, 1), (2, 2), (5, 13)]:  # sRGB, or nothing that is known
+        photo = read_photograph("a", named_by_code(smooth, kind, primaries, curve))
+        assert photo.icc is None
+        np.testing.assert_allclose(photo.pixels, to_float(smooth), atol=0 if kind == "png" else 0.05)
+
+
+@pytest.mark.parametrize("kind", ["png", "avif", "heic"])
+@pytest.mark.parametrize(("curve", "name"), [(16, "PQ"), (18, "HLG")])
+def test_high_dynamic_range_is_refused(smooth, kind, curve, name):
+    data = named_by_code(smooth, kind, 9, curve)
+    for read in (read_photograph, read_image_uint8):
+        with pytest.raises(ValueError, match=rf"^a\.jpg: high dynamic range \({name}\) is not read"):
+            read("a.jpg", data)
+
+
+def test_adobe_rgb_of_cameras_is_named_in_exif_data(smooth):
+    def exif_of(index):
+        exif = Image.Exif()
+        exif.get_ifd(0x8769).update({0xA001: 65535, 0xA005: {1: index, 2: b"0100"}})
+        return exif.tobytes()
+
+    image = Image.fromarray(smooth)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        photo = read_photograph("a", encoded(image, kind, exif=exif_of("R03")))
+        assert photo.icc == rgb_profile(*ADOBE_RGB)
+        assert read_photograph("a", encoded(image, kind, exif=exif_of("R98"))).icc is None
+    # What a profile says counts.
+    assert read_photograph("a", encoded(image, "PNG", exif=exif_of("R03"), icc_profile=SRGB)).icc == SRGB
 
 
 def test_training_sees_the_colours_that_restoring_sees(smooth, tmp_path):
@@ -363,7 +544,7 @@ def cmyk_profile():
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
-def test_cmyk_goes_through_its_own_profile_and_leaves_it(tmp_path, suffix):
+def test_cmyk_goes_through_its_own_profile_to_that_of_srgb(tmp_path, suffix):
     inks = np.zeros((16, 64, 4), np.uint8)
     inks[:, 16:32, 0], inks[:, 32:48, 1], inks[:, 48:, 3] = 255, 255, 255  # paper, cyan, magenta, black
     image = Image.fromarray(inks, mode="CMYK")
@@ -375,7 +556,8 @@ def test_cmyk_goes_through_its_own_profile_and_leaves_it(tmp_path, suffix):
     ):
         image.save(tmp_path / f"{name}.{suffix}", **options, **({"quality": 100} if suffix == "jpg" else {}))
         photo = read_photograph(tmp_path / f"{name}.{suffix}")
-        assert photo.icc is None and not photo.is_grey and photo.bits == 8
+        assert photo.icc == (coded_profile(1, 13) if name == "with" else None)
+        assert not photo.is_grey and photo.bits == 8
         pixels[name] = to_uint8(photo.pixels)[8, 8::16].astype(int)
     np.testing.assert_array_equal(pixels["broken"], pixels["without"])
     np.testing.assert_allclose(pixels["without"], [[255] * 3, [0, 255, 255], [255, 0, 255], [0] * 3], atol=3)
@@ -437,7 +619,7 @@ def test_16_bits_survive(gradient, tmp_path, suffix, channels):
     assert write_photograph(path, photo.with_pixels(photo.pixels)) == []
     written = imagecodecs.png_decode(path.read_bytes()) if suffix == "png" else tifffile.imread(path)
     assert written.dtype == np.uint16 and len(np.unique(written)) > 256
-    visible = gradient[..., channels - 1] > 0 if channels in (2, 4) else np.ones((32, 256), bool)
+    visible = gradient[..., channels - 1] >= 8 * 257 if channels in (2, 4) else np.ones((32, 256), bool)
     np.testing.assert_allclose(
         written.reshape(pixels.shape).astype(int)[visible], pixels[visible], atol=1 if channels < 3 else 0
     )
@@ -506,8 +688,8 @@ def test_edges_beside_transparency_have_no_fringe(tmp_path):
 
 def test_transparent_pixels_take_the_nearest_colour():
     pixels = np.arange(5 * 7 * 3, dtype=np.float32).reshape(5, 7, 3)
-    alpha = np.zeros((5, 7), np.float32)
-    alpha[2, 1], alpha[2, 5] = 0.5, 1
+    alpha = np.full((5, 7), 7 / 255, np.float32)
+    alpha[0], alpha[2, 1], alpha[2, 5] = 0, 0.5, 1
     filled = fill_transparent(pixels, alpha)
     np.testing.assert_array_equal(filled[:, :3], np.broadcast_to(pixels[2, 1], (5, 3, 3)))
     np.testing.assert_array_equal(filled[:, 4:], np.broadcast_to(pixels[2, 5], (5, 3, 3)))
@@ -540,14 +722,16 @@ def test_a_transparent_colour_of_a_palette_becomes_alpha(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 
+def png_chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png_of(width, height, chunks=(), pixels=b"", bits=8):
     """A PNG file whose header says anything."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
-    body = b"".join(chunk(*item) for item in [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")])
+    body = b"".join(
+        png_chunk(*item) for item in [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+    )
     return b"\x89PNG\r\n\x1a\n" + body
 
 

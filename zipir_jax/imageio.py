@@ -30,7 +30,6 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "AVIF")  # MPO is found as JPEG
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 HEIF_SEQUENCES = {b"hevc", b"hevx", b"msf1"}
-METADATA = ("icc_profile", "exif", "xmp")  # as Pillow and pillow_heif name them
 LARGEST_SIDE = 16384  # pixels of a result; beyond any size that the model is made for (8K)
 LARGEST_PIXELS = LARGEST_SIDE**2  # of a picture that is read: 268 million, as many as a result can have
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # but restarts, which lie within a scan
@@ -109,10 +108,10 @@ def read_image(path: str | Path) -> Float32[np.ndarray, "h w 3"]:
     """An image file as float32 [h, w, 3] in [-1, 1], sRGB, turned upright as its EXIF orientation says.
 
     Grey and palette images become RGB; alpha is dropped, and so are colours outside sRGB; more than 8 bits keep their
-    precision. Colours go through the file's ICC profile, if it has one that works; the gAMA and cHRM chunks of PNG and
-    the colour codes of AVIF and HEIC are not looked at. Raises ValueError, with the path in it, for a file that is
-    missing, not readable, empty, truncated, no image, animated, or of more than `LARGEST_PIXELS` pixels, the limit of a
-    process that has called `raise_pixel_limit`.
+    precision. Colours go through the file's ICC profile, if it has one that works, or one made of its colour codes; the
+    gAMA and cHRM chunks of PNG are not looked at. Raises ValueError, with the path in it, for a file that is missing,
+    not readable, empty, truncated, no image, animated, of high dynamic range, or of more than `LARGEST_PIXELS` pixels,
+    the limit of a process that has called `raise_pixel_limit`.
     """
     with opened(path) as file:
         pixels = in_srgb(decode(file))
@@ -153,7 +152,7 @@ def upright_size(path: str | Path, data: bytes | None = None) -> tuple[int, int]
                 # A PNG file may hold EXIF data behind its pixels; to find none Pillow decodes them: 100 times the work.
                 if isinstance(image, PngImagePlugin.PngImageFile) and not _has_late_metadata(file):
                     getexif = super(PngImagePlugin.PngImageFile, image).getexif
-                orientation = _orientation(getexif)
+                orientation = _orientation(getexif, image.info)
         return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
@@ -222,7 +221,8 @@ def decode(file: io.BufferedIOBase) -> Decoded:
     """The picture in a file: what the content says it is, whatever the file is called. To be called within `opened`.
 
     Of an MPO file, the first picture; of HEIC, the primary one. A profile that is damaged or of other pixels counts as
-    absent; CMYK, and profiles that have no way back, as those of scanners, are converted to sRGB and leave no profile.
+    absent; CMYK, and profiles that have no way back, as those of scanners, are converted to sRGB, whose
+    profile stands in their place.
     Colours that are all grey are one channel, in sRGB: palettes and WebP files have no other way to hold grey.
     """
     read = _read_heif if _is_heif(file) else _read_tiff if _is_tiff(file) else _read_with_pillow
@@ -230,6 +230,7 @@ def decode(file: io.BufferedIOBase) -> Decoded:
     use = icc.use_of_profile(profile, pixels.shape[2]) if profile else None
     if use == "to sRGB":
         pixels = _clipped_to_srgb(pixels, profile)
+        profile, use = (icc.coded_profile(1, 13), "sRGB") if pixels.shape[2] == 3 else (None, None)
     if pixels.shape[2] == 3 and _is_grey(pixels):
         if use == "both ways":
             pixels = _clipped_to_srgb(pixels, profile)
@@ -242,22 +243,23 @@ def decode(file: io.BufferedIOBase) -> Decoded:
         alpha,
         file_format,
         profile if use in ("sRGB", "both ways") else None,
-        exif.removeprefix(b"Exif\0\0") if exif else None,
-        xmp or None,
+        exif,
+        xmp,
     )
 
 
 def _read_heif(file):
     image = _heif_image(file)
     pixels, alpha = _split_alpha(_heif_samples(image))  # upright already
-    return Stored(pixels, alpha, "HEIF", *map(image.info.get, METADATA))
+    return Stored(pixels, alpha, "HEIF", *_metadata(file, image.info))
 
 
 def _read_tiff(file):
     with _tiff_page(file) as (page, orientation):
         pixels, alpha = tiff.decode_samples(page)
-        profile, xmp = (page.tags.valueof(tag) for tag in (34675, 700))
-        return Stored(pixels, alpha, "TIFF", profile, tiff.exif_of(page, file), xmp, orientation)
+        info = {"icc_profile": page.tags.valueof(34675), "xmp": page.tags.valueof(700)}
+        info["exif"] = tiff.exif_of(page, file)
+        return Stored(pixels, alpha, "TIFF", *_metadata(file, info), orientation)
 
 
 def _read_with_pillow(file):
@@ -265,12 +267,17 @@ def _read_with_pillow(file):
         pixels, alpha = _samples_of_16_bits(image, file) or _samples(image)
         if image.format in ("JPEG", "MPO"):
             _check_jpeg_is_whole(image, file)
-        profile, exif, xmp = map(image.info.get, METADATA)
-        if (
-            exif is None and "Raw profile type exif" in image.info
-        ):  # as ImageMagick puts it into PNG files, in text
-            exif = image.getexif().tobytes()
-        return Stored(pixels, alpha, image.format, profile, exif, xmp, _orientation(image.getexif))
+        info = dict(image.info)
+        if "Raw profile type exif" in info:  # as ImageMagick puts it into PNG files, in text
+            info.setdefault("exif", image.getexif().tobytes())
+        return Stored(pixels, alpha, image.format, *_metadata(file, info), _orientation(image.getexif, info))
+
+
+def _metadata(file, info):
+    """Profile, EXIF data and XMP of a file, by what a decoder says of it."""
+    exif = info.get("exif")
+    exif = exif.removeprefix(b"Exif\0\0") if exif else None
+    return icc.profile_of(file, info, exif), exif, info.get("xmp") or None
 
 
 def _clipped_to_srgb(pixels, profile):
@@ -453,8 +460,9 @@ def _heif_samples(image):
     return samples / np.float32((2**bits - 1) << (16 - bits))
 
 
-def _orientation(getexif):
-    """EXIF orientation, 1 to 8; None where there is none or the EXIF data are damaged: the pixels are not.
+def _orientation(getexif, info):
+    """EXIF orientation, 1 to 8, else that of XMP; None where there is none or the EXIF data are damaged: the pixels are
+    not.
 
     `ImageOps.exif_transpose` packs the other EXIF data anew, and fails where one of them is damaged.
     """
@@ -462,7 +470,7 @@ def _orientation(getexif):
         orientation = getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow's readers of EXIF data raise nearly anything
         return None
-    return orientation if isinstance(orientation, int) else None
+    return orientation if isinstance(orientation, int) else xmp_orientation(info.get("xmp") or b"")
 
 
 def _has_late_metadata(file):

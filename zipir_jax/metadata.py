@@ -1,12 +1,14 @@
-"""EXIF data and XMP packets of a picture whose pixels have been turned upright and resized.
+"""What image files hold beside their pixels: read from all formats, and made to fit a picture turned and resized.
 
 EXIF data are a TIFF structure (TIFF 6.0, section 2): entries of 12 bytes, tag, type, count and value, where a value of
 more than 4 bytes is the offset of one. Maker notes, too, hold offsets that nobody knows how to move. So the few entries
 that are wrong now are overwritten where they stand, and every other byte stays as it was.
 """
 
+import io
 import re
 import struct
+from collections.abc import Iterator
 
 from PIL import ExifTags, Image
 
@@ -14,13 +16,74 @@ ORIENTATION = ExifTags.Base.Orientation
 SHORT, LONG = 3, 4  # types of entries
 WIDTHS = {ExifTags.Base.ImageWidth, ExifTags.Base.ExifImageWidth}
 HEIGHTS = {ExifTags.Base.ImageLength, ExifTags.Base.ExifImageHeight}
+SUBJECT = {0x9214, 0xA214}  # its area and place, in pixels of the picture as it lay
+IPTC_OF_TIFF, IPTC_OF_PHOTOSHOP = 33723, 0x0404
+# Texts of PNG files that are no texts: XMP, and what ImageMagick puts there of EXIF data, XMP and profiles.
+NO_TEXT = re.compile(rb"XML:com\.adobe\.xmp\0|Raw profile type (?:exif|app1|xmp|icc|icm)\0", re.IGNORECASE)
+GAIN_MAP = "the gain map: the result has no high dynamic range"
+# Properties of XMP that tell of something else in the file, which is not read, and what to say of it.
+ELSEWHERE = {
+    r"hdrgm:\w+|HDRGainMap:\w+": GAIN_MAP,
+    r"GCamera:(?:MotionPhoto|MicroVideo)\w*": "the film of the motion photo",
+    r"Container:Directory|GContainer:Directory": None,  # the list of either
+    r"xmpNote:HasExtendedXMP": "the extended XMP: its first packet alone is read",
+}
+FACES = r"mwg-rs:Regions"
+
+
+def read_beside(file: io.BufferedIOBase, file_format: str) -> dict:
+    """What a file holds beside pixels, profile, EXIF data and XMP, as fields of a `Photograph`.
+
+    "iptc": bytes or None; "density": dots per inch in x and y, or None; "texts": (kind, data) of PNG's chunks, of which
+    a JPEG file's comment is made one; "lost": what is not read, as one sentence each.
+    """
+    iptc, density, texts, lost = None, None, [], []
+    file.seek(0)
+    if file_format in ("JPEG", "MPO"):
+        with Image.open(file, formats=["JPEG"]) as image:
+            iptc = image.info.get("photoshop", {}).get(IPTC_OF_PHOTOSHOP)
+            if image.info.get("jfif_unit") in (1, 2):  # else Pillow makes one up
+                density = tuple(map(float, image.info["dpi"]))
+            texts = [(b"tEXt", b"Comment\0" + data) for kind, data in image.applist if kind == "COM"]
+            if image.format == "MPO":
+                lost = [f"other pictures of the file ({image.n_frames - 1}): the first is restored"]
+    elif file_format == "PNG":
+        for kind, data in png_chunks(file):
+            if kind == b"pHYs" and len(data) == 9 and data[8] == 1:  # a metre
+                density = tuple(0.0254 * pixels for pixels in struct.unpack(">II", data[:8]))
+            elif kind in (b"tEXt", b"zTXt", b"iTXt") and not NO_TEXT.match(data):
+                texts.append((kind, data))
+    elif file_format == "TIFF":
+        import tifffile
+
+        from zipir_jax.tiff import picture_page
+
+        with tifffile.TiffFile(file) as tiff:
+            found = picture_page(tiff)[1].tags.valueof(IPTC_OF_TIFF)
+        iptc = found if isinstance(found, bytes) else None
+    elif re.search(rb"hdrgainmap|infe.{8,10}tmap", file.read(2**16), re.DOTALL):  # Apple's, ISO 21496-1's
+        lost = [GAIN_MAP]
+    density = density if density and min(density) > 0 else None
+    return {"iptc": iptc or None, "density": density, "texts": tuple(texts), "lost": tuple(lost)}
+
+
+def exif_density(exif: bytes) -> tuple[float, float] | None:
+    """The resolution that EXIF data name, in dots per inch."""
+    loaded = Image.Exif()
+    try:
+        loaded.load(exif)
+        unit = {2: 1, 3: 2.54}[loaded.get(ExifTags.Base.ResolutionUnit, 2)]
+        x, y = (unit * float(loaded[tag]) for tag in (ExifTags.Base.XResolution, ExifTags.Base.YResolution))
+        return (x, y) if x > 0 and y > 0 else None
+    except Exception:  # Pillow's readers of EXIF data raise nearly anything
+        return None
 
 
 def corrected_exif(exif: bytes, height: int, width: int) -> bytes | None:
     """EXIF data, a TIFF structure, of a picture that is upright now and has this size in pixels.
 
-    A thumbnail of a picture that has been turned would lie on its side: it is cut off. None where the data are so
-    damaged that they would still turn the picture.
+    A thumbnail of a picture that has been turned would lie on its side: it is cut off. Where the subject is, in pixels,
+    is taken out. None where the data are so damaged that they would still turn the picture.
     """
     corrected = bytearray(exif)
     order = byte_order(exif)
@@ -28,9 +91,9 @@ def corrected_exif(exif: bytes, height: int, width: int) -> bytes | None:
         return exif
     entries, after = directory(exif, order, *struct.unpack_from(order + "I", exif, 4))
     turned = False
-    for _, tag, _, _, value in list(entries):
-        if tag == ExifTags.IFD.Exif:
-            entries += directory(exif, order, value)[0]
+    inner = [value for _, tag, _, _, value in entries if tag == ExifTags.IFD.Exif]
+    for start in inner:
+        entries += directory(exif, order, start)[0]
     for at, tag, kind, _, _ in entries:
         number = width if tag in WIDTHS else height if tag in HEIGHTS else 1 if tag == ORIENTATION else None
         if number is None:
@@ -41,7 +104,30 @@ def corrected_exif(exif: bytes, height: int, width: int) -> bytes | None:
         corrected[at : at + 12] = _entry(order, tag, kind, number)
     if turned and after + 4 <= len(corrected):
         corrected[after : after + 4] = bytes(4)
+    for start in inner:
+        _take_out(corrected, order, start, SUBJECT)
     return bytes(corrected) if exif_orientation(bytes(corrected)) in (None, 1) else None
+
+
+def exif_names_adobe_rgb(exif: bytes) -> bool:
+    """Whether EXIF data say that colours are Adobe RGB's, as cameras do: an interoperability index "R03" (DCF 2.0)."""
+    loaded = Image.Exif()
+    try:
+        loaded.load(exif)
+        return str(loaded.get_ifd(ExifTags.IFD.Interop).get(1, "")).startswith("R03")
+    except Exception:  # Pillow's readers of EXIF data raise nearly anything
+        return False
+
+
+def png_chunks(file: io.BufferedIOBase) -> Iterator[tuple[bytes, bytes]]:
+    """(kind, data) of a PNG file's chunks but those of its pixels, to the first that the file does not hold whole."""
+    at, size = 8, file.seek(0, io.SEEK_END)  # the signature
+    while at + 12 <= size:
+        file.seek(at)
+        length, kind = struct.unpack(">I4s", file.read(8))
+        at += length + 12  # and the checksum
+        if kind != b"IDAT" and at <= size:
+            yield kind, file.read(length)
 
 
 def hiding_orientation(exif: bytes) -> bytes:
@@ -73,6 +159,15 @@ def directory(exif: bytes, order: str, at: int) -> tuple[list[tuple[int, int, in
     ], at + 2 + 12 * count
 
 
+def _take_out(exif, order, start, tags):
+    """Shorten the directory at an offset by entries, in place: what other entries point to stays where it is."""
+    entries, after = directory(bytes(exif), order, start)
+    kept = [exif[at : at + 12] for at, tag, *_ in entries if tag not in tags]
+    if len(kept) < len(entries) and after + 4 <= len(exif):
+        shorter = struct.pack(order + "H", len(kept)) + b"".join(kept) + exif[after : after + 4]
+        exif[start : after + 4] = shorter.ljust(after + 4 - start, b"\0")
+
+
 def _entry(order, tag, kind, number):
     """An entry of one number; a SHORT lies in the first half of the four bytes."""
     return struct.pack(order + ("HHIHxx" if kind == SHORT else "HHII"), tag, kind, 1, number)
@@ -89,18 +184,70 @@ def exif_orientation(exif: bytes) -> int | None:
 
 
 def xmp_orientation(xmp: bytes) -> int | None:
-    """The orientation that an XMP packet names, which counts where there is none in EXIF data; found as by Pillow."""
-    found = re.search(rb"tiff:Orientation(?:=\"|>)([0-9])", xmp)
+    """The orientation that an XMP packet names, which counts where there is none in EXIF data."""
+    found = re.search(_property("tiff:Orientation") + "([0-9])", _text(xmp)[0])
     return int(found[1]) if found else None
 
 
 def corrected_xmp(xmp: bytes, height: int, width: int) -> bytes:
-    """An XMP packet of a picture that is upright now and has this size; its properties as attributes or elements."""
-    for name, number in [
-        (rb"tiff:Orientation", 1),
-        (rb"(?:tiff:ImageWidth|exif:PixelXDimension)", width),
-        (rb"(?:tiff:ImageLength|exif:PixelYDimension)", height),
+    """An XMP packet of a picture that is upright now and has this size; its properties as attributes or elements.
+
+    Where the subject is, in pixels, is taken out.
+    """
+    text, encoding = _text(xmp)
+    for names, number in [
+        ("tiff:Orientation", 1),
+        ("tiff:ImageWidth|exif:PixelXDimension|stDim:w", width),
+        ("tiff:ImageLength|exif:PixelYDimension|stDim:h", height),
     ]:
-        value = rb"(" + name + rb"(?:\s*=\s*[\"']|\s*>)\s*)\d+"
-        xmp = re.sub(value, lambda match, number=number: match[1] + str(number).encode(), xmp)
-    return xmp
+        value = f"({_property(names)})" + r"\d+"
+        text = re.sub(value, lambda match, number=number: f"{match[1]}{number}", text)
+    text = _without_properties(text, "exif:Subject(?:Area|Location)")
+    return text.encode(encoding, "surrogatepass")
+
+
+def xmp_of_the_picture(xmp: bytes, turned: bool) -> tuple[bytes, list[str]]:
+    """An XMP packet without what tells of parts of its file that are not read, and a sentence on each of them.
+
+    turned: whether the picture lay on its side; then the places of faces, which are of how it lay, are given up, too.
+    """
+    text, encoding = _text(xmp)
+    sentences = []
+    elsewhere = ELSEWHERE | ({FACES: "the places of faces: the picture has been turned"} if turned else {})
+    for names, sentence in elsewhere.items():
+        shorter = _without_properties(text, names)
+        if shorter != text and sentence:
+            sentences.append(sentence)
+        text = shorter
+    return text.encode(encoding, "surrogatepass"), sentences
+
+
+def _text(xmp):
+    """An XMP packet as a string, and its encoding; each byte of UTF-8 is a character here, so that none is changed."""
+    little = xmp[:2] == b"\xff\xfe" or xmp[1:2] == b"\0"
+    big = xmp[:2] == b"\xfe\xff" or xmp[:1] == b"\0"
+    encoding = "latin-1" if len(xmp) % 2 else "utf-16-le" if little else "utf-16-be" if big else "latin-1"
+    return xmp.decode(encoding, "surrogatepass"), encoding
+
+
+def _property(names):
+    """Pattern of what stands before the value of a property, an attribute or an element."""
+    return rf"(?:{names})(?:\s*=\s*[\"']|(?:\s[^<>]*)?>)\s*"
+
+
+def _without_properties(text, names):
+    """XMP without attributes and elements of these names, in a time that grows with its length alone."""
+    text = re.sub(rf"(?<!\s)\s+(?:{names})\s*=\s*(?:\"[^\"]*\"|'[^']*')", "", text)
+    kept, at = [], 0
+    for opening in re.finditer(rf"<({names})(?:\s[^<>]*|/)?>", text):
+        if opening.start() < at:  # within another one
+            continue
+        end = opening.end()
+        if not opening[0].endswith("/>"):
+            closing = f"</{opening[1]}>"
+            end = text.find(closing, end) + len(closing)
+            if end <= opening.end():  # there is none: damaged
+                break
+        kept.append(text[at : opening.start()])
+        at = end
+    return "".join(kept) + text[at:]

@@ -8,6 +8,7 @@ write_photograph("a_x4.jpg", photograph.with_pixels(restored))
 import dataclasses
 import importlib.util
 import io
+import struct
 import zlib
 from pathlib import Path
 
@@ -28,7 +29,18 @@ from zipir_jax.imageio import (
     three_channels,
     to_float,
 )
-from zipir_jax.metadata import byte_order, corrected_exif, corrected_xmp, hiding_orientation
+from zipir_jax.metadata import (
+    IPTC_OF_PHOTOSHOP,
+    byte_order,
+    corrected_exif,
+    corrected_xmp,
+    exif_density,
+    exif_orientation,
+    hiding_orientation,
+    read_beside,
+    xmp_of_the_picture,
+    xmp_orientation,
+)
 from zipir_jax.tiff import write_tiff
 
 # Suffixes of what can be written here, with the formats as Pillow names them.
@@ -51,11 +63,14 @@ LARGEST_SIDE = {
     "HEIF": 16384,
 }  # pixels that a format or its encoder holds
 OF_16_BITS = {"PNG", "TIFF"}
-OF_GREY = {"PNG", "TIFF", "JPEG"}
+OF_GREY = OF_DENSITY = {"PNG", "TIFF", "JPEG"}
+OF_IPTC = {"TIFF", "JPEG"}
 LARGEST_SEGMENT = 65533  # bytes of a JPEG file's marker
 XMP_MARKER = b"http://ns.adobe.com/xap/1.0/\0"
+COMMENT = b"Comment\0"  # the one text that JPEG files have
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # ITU-R BT.709
 ROWS = 256  # that are made ready for a file at once
+VISIBLE = np.float32(8 / 255)  # alpha, below which a file's colours are anything
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
@@ -73,6 +88,10 @@ class Photograph:
     icc: bytes | None = None
     exif: bytes | None = None  # a TIFF structure, without "Exif\0\0" before it
     xmp: bytes | None = None
+    iptc: bytes | None = None  # IIM, as in JPEG and TIFF files
+    density: tuple[float, float] | None = None  # dots per inch in x and y
+    texts: tuple[tuple[bytes, bytes], ...] = ()  # (kind, data) of PNG's chunks; JPEG's comment is one
+    lost: tuple[str, ...] = ()  # what its file held that is not here, one sentence each
 
     def with_pixels(self, restored: Float32[np.ndarray, "h2 w2 3"]) -> "Photograph":
         """The photograph with other pixels, in [-1, 1] and of any size, and all that belongs to it fitted to them.
@@ -98,8 +117,8 @@ class Photograph:
 def read_photograph(path: str | Path, data: bytes | None = None) -> Photograph:
     """An image file, or its bytes, with what belongs to it. Raises ValueError as `imageio.read_image` does.
 
-    Colours outside sRGB are clipped in the pixels and kept beside them; where the picture is transparent, and its
-    colours arbitrary, it has those of the nearest pixel that is not.
+    Colours outside sRGB are clipped in the pixels and kept beside them; where the picture is all but transparent, and
+    its colours arbitrary, it has those of the nearest pixel that is not.
     """
     with opened(path, data) as file:
         picture = decode(file)
@@ -117,6 +136,13 @@ def read_photograph(path: str | Path, data: bytes | None = None) -> Photograph:
             if np.abs(pixels - clipped).max() > 1 / 65535:  # else but rounding
                 residual = pixels - clipped
             pixels = clipped
+        exif, xmp, beside = picture.exif, picture.xmp, read_beside(file, picture.file_format)
+        if xmp:
+            turned = ((exif and exif_orientation(exif)) or xmp_orientation(xmp)) in range(2, 9)
+            xmp, sentences = xmp_of_the_picture(xmp, turned)
+            beside["lost"] = tuple(dict.fromkeys([*beside["lost"], *sentences]))
+        if exif and beside["density"] is None:
+            beside["density"] = exif_density(exif)
         return Photograph(
             pixels=pixels,
             file_format=picture.file_format,
@@ -125,19 +151,20 @@ def read_photograph(path: str | Path, data: bytes | None = None) -> Photograph:
             alpha=alpha,
             residual=residual,
             icc=picture.icc,
-            exif=picture.exif,
-            xmp=picture.xmp,
+            exif=exif,
+            xmp=xmp,
+            **beside,
         )
 
 
 def fill_transparent(
     pixels: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"], alpha: Float32[np.ndarray, "h w"]
 ) -> UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]:
-    """Pixels that have, where alpha is 0, the colour of the nearest pixel where it is not; as a new array.
+    """Pixels that have, where alpha is below VISIBLE, the colour of the nearest pixel where it is not; as a new array.
 
-    Files hold black there, or anything, and a network would let it bleed into the edges.
+    Files hold black there, or what rounding has left, and a network would let it bleed into the edges.
     """
-    transparent = alpha == 0
+    transparent = alpha < VISIBLE
     if transparent.all() or not transparent.any():
         return pixels
     # The distance to the nearest zero, and a number for which of the zeros it is.
@@ -184,10 +211,11 @@ def write_photograph(
     """Write a photograph by the suffix of its path, or into a binary file in a format of OUTPUT_FORMATS' values.
 
     PNG and TIFF (deflated) as they are, WebP lossless, JPEG, AVIF and HEIC of quality 95 without subsampled colours;
-    EXIF data, ICC profile and XMP in all of them. Returns what the format could not keep, as one sentence each: 16 bits
-    in other formats than PNG and TIFF, alpha in JPEG, where the picture is put on white, and what is larger than JPEG's
-    64 KiB. The file appears whole or not at all. Raises ValueError, with the path in it, for another suffix, a size
-    that the format cannot hold, or a folder that cannot be written.
+    EXIF data, ICC profile and XMP in all of them, density in PNG, TIFF and JPEG, IPTC data in the latter two, texts in
+    PNG and a comment in JPEG. Returns what was lost as the photograph was read, and what the format could not keep, as
+    one sentence each: 16 bits in other formats than PNG and TIFF, alpha in JPEG, where the picture is put on white, and
+    what is larger than JPEG's 64 KiB. The file appears whole or not at all. Raises ValueError, with the path in it, for
+    another suffix, a size that the format cannot hold, or a folder that cannot be written.
     """
     if not isinstance(file, str | Path):
         return _write(file, photograph, file_format)
@@ -203,7 +231,7 @@ def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarr
 
 def _write(file, photograph, file_format):
     check_side("the photograph", file_format, photograph.pixels.shape[:2])
-    profile, exif, xmp, not_kept = photograph.icc, photograph.exif, photograph.xmp, []
+    profile, exif, not_kept = photograph.icc, photograph.exif, list(photograph.lost)
     is_grey = photograph.is_grey and file_format in OF_GREY
     if photograph.is_grey and not is_grey and profile is not None:
         profile = None
@@ -211,31 +239,26 @@ def _write(file, photograph, file_format):
     bits = photograph.bits if file_format in OF_16_BITS else 8
     if bits < photograph.bits:
         not_kept.append(f"{photograph.bits} bits a sample: {file_format} files have 8")
-    if photograph.alpha is not None and file_format == "JPEG":
+    if photograph.alpha is not None and file_format == "JPEG" and photograph.alpha.min() < 254.5 / 255:
         not_kept.append("transparency: JPEG files have none, and the picture is put on white")
     if file_format in ("TIFF", "AVIF") and exif and byte_order(exif) is None:
         exif = None
         not_kept.append(f"the EXIF data, which are damaged: {file_format} files hold them only whole")
+    written = dataclasses.replace(photograph, icc=profile, exif=exif)
+    not_kept += _without_place(written, file_format)
     samples = samples_of(photograph, profile, bits, is_grey, put_on_white=file_format == "JPEG")
 
     if file_format == "PNG":
-        _write_png(file, samples, profile, exif, xmp)
+        _write_png(file, samples, written)
     elif file_format == "TIFF":
-        write_tiff(file, samples, profile, exif, xmp)
+        write_tiff(file, samples, profile, exif, written.xmp, written.iptc, written.density)
     else:
         image = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
-        metadata = {"icc_profile": profile, "exif": exif and b"Exif\0\0" + exif, "xmp": xmp}
+        metadata = {"icc_profile": profile, "exif": exif and b"Exif\0\0" + exif, "xmp": written.xmp}
         if file_format == "JPEG":
-            for key, name, marker in (("exif", "EXIF data", b""), ("xmp", "XMP", XMP_MARKER)):
-                if metadata[key] and len(marker) + len(metadata[key]) > LARGEST_SEGMENT:
-                    not_kept.append(
-                        f"the {name}, {len(metadata[key])} bytes: JPEG files hold {LARGEST_SEGMENT}"
-                    )
-                    del metadata[key]
+            return not_kept + _write_jpeg(file, image, metadata, written)
         metadata = {key: value for key, value in metadata.items() if value}
-        if file_format == "JPEG":
-            image.save(file, "JPEG", quality=95, subsampling=0, **metadata)
-        elif file_format == "WEBP":
+        if file_format == "WEBP":
             image.save(file, "WEBP", lossless=True, **metadata)
         elif file_format == "HEIF":
             import pillow_heif
@@ -244,6 +267,28 @@ def _write(file, photograph, file_format):
         else:
             _write_avif(file, image, metadata)
     return not_kept
+
+
+def _without_place(photograph, file_format):
+    """Sentences on IPTC data, density and texts that a format has no place for."""
+    sentences = []
+    if photograph.iptc and file_format not in OF_IPTC:
+        sentences.append(f"the IPTC data: {file_format} files have none")
+    named = photograph.exif and exif_density(photograph.exif)
+    if photograph.density and file_format not in OF_DENSITY and not named:
+        x, y = photograph.density
+        sentences.append(f"the density of {x:.4g} x {y:.4g} dots per inch: {file_format} files have none")
+    kept = {"PNG": photograph.texts, "JPEG": _comments(photograph)[:1]}.get(file_format, ())
+    texts = [data for kind, data in photograph.texts if (kind, data) not in kept]
+    if texts:
+        names = ", ".join(dict.fromkeys(data.partition(b"\0")[0].decode("latin-1") for data in texts))
+        sentences.append(f"the texts of the file ({names}): {file_format} files have no place for them")
+    return sentences
+
+
+def _comments(photograph):
+    """The texts that a JPEG file can have, one of them."""
+    return [(kind, data) for kind, data in photograph.texts if kind == b"tEXt" and data.startswith(COMMENT)]
 
 
 def samples_of(
@@ -274,19 +319,51 @@ def samples_of(
     return samples
 
 
-def _write_png(file, samples, icc, exif, xmp):
+def _write_jpeg(file, image, metadata, photograph):
+    """JPEG by Pillow, and sentences of what is larger than a marker of the format."""
+    iptc = photograph.iptc
+    if iptc:  # an image resource of Photoshop (Adobe's file format specification)
+        resource = struct.pack(">4sHxxI", b"8BIM", IPTC_OF_PHOTOSHOP, len(iptc)) + iptc + bytes(len(iptc) % 2)
+        iptc = b"Photoshop 3.0\0" + resource
+    comment = next((data.removeprefix(COMMENT) for _, data in _comments(photograph)), None)
+    not_kept, metadata = [], metadata | {"extra": iptc, "comment": comment}
+    for key, name, marker in (
+        ("exif", "EXIF data", b""),
+        ("xmp", "XMP", XMP_MARKER),
+        ("extra", "IPTC data", b""),
+        ("comment", "comment", b""),
+    ):
+        if metadata[key] and len(marker) + len(metadata[key]) > LARGEST_SEGMENT:
+            not_kept.append(f"the {name}, {len(metadata[key])} bytes: JPEG files hold {LARGEST_SEGMENT}")
+            metadata[key] = None
+    if metadata["extra"]:
+        metadata["extra"] = struct.pack(">HH", 0xFFED, 2 + len(metadata["extra"])) + metadata["extra"]
+    if photograph.density and max(photograph.density) < 65535.5:
+        metadata["dpi"] = photograph.density
+    metadata = {key: value for key, value in metadata.items() if value}
+    image.save(file, "JPEG", quality=95, subsampling=0, **metadata)
+    return not_kept
+
+
+def _write_png(file, samples, photograph):
     """PNG (W3C, third edition), which Pillow writes but for 16 bits of colour; chunks come after the header's."""
     import imagecodecs
 
     encoded = imagecodecs.png_encode(samples[..., 0] if samples.shape[2] == 1 else samples)
     header = 8 + 25  # bytes: the signature and IHDR
     file.write(encoded[:header])
-    if icc:
-        PngImagePlugin.putchunk(file, b"iCCP", b"ICC Profile\0\0" + zlib.compress(icc))
-    if exif:
-        PngImagePlugin.putchunk(file, b"eXIf", exif)
-    if xmp:
-        PngImagePlugin.putchunk(file, b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp)
+    chunks = list(photograph.texts)
+    if photograph.icc:
+        chunks.append((b"iCCP", b"ICC Profile\0\0" + zlib.compress(photograph.icc)))
+    if photograph.density:
+        metre = (min(round(dots / 0.0254), 2**31 - 1) for dots in photograph.density)
+        chunks.append((b"pHYs", struct.pack(">IIB", *metre, 1)))
+    if photograph.exif:
+        chunks.append((b"eXIf", photograph.exif))
+    if photograph.xmp:
+        chunks.append((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + photograph.xmp))
+    for kind, data in chunks:
+        PngImagePlugin.putchunk(file, kind, data)
     file.write(memoryview(encoded)[header:])
 
 

@@ -216,8 +216,10 @@ def write_tiff(
     icc: bytes | None,
     exif: bytes | None,
     xmp: bytes | None,
+    iptc: bytes | None,
+    density: tuple[float, float] | None,
 ) -> None:
-    """Write grey or RGB samples, with alpha where there is a channel more, deflated.
+    """Write grey or RGB samples, with alpha where there is a channel more, deflated; density in dots per inch.
 
     EXIF data hold offsets from their own beginning, and in a TIFF file from the file's. So the file begins with the
     EXIF data, byte for byte, and their offsets, maker notes' included, stay right; the pixels come next, and last one
@@ -237,7 +239,9 @@ def write_tiff(
             compression="deflate",
             predictor=True,
             iccprofile=icc,
-            extratags=[(700, 1, len(xmp), xmp, True)] if xmp else (),
+            resolution=density,
+            resolutionunit=2 if density else None,
+            extratags=[(tag, 1, len(data), data, True) for tag, data in ((700, xmp), (33723, iptc)) if data],
             metadata=None,
             software=False,
         )
