@@ -52,3 +52,12 @@ def avif_bits(data: bytes) -> int:
         return properties[b"pixi"][5]
     depth = properties.get(b"av1C", bytes(4))[2]  # AV1-ISOBMFF, section 2.3.3: high_bitdepth, twelve_bit
     return 8 + 2 * bool(depth & 0x40) + 2 * bool(depth & 0x20)
+
+
+def avif_colour_codes(data: bytes) -> tuple[int, int] | None:
+    """Codes of primaries and curve (ITU-T H.273) of an AVIF file's primary picture; None where it names none."""
+    try:
+        colours = primary_properties(data).get(b"colr", b"")
+    except (KeyError, IndexError, struct.error):
+        return None
+    return struct.unpack_from(">HH", colours, 4) if colours[:4] == b"nclx" and len(colours) >= 8 else None

@@ -12,7 +12,6 @@ import functools
 import io
 import itertools
 import os
-import re
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import ImageCms
 
+from zipir_jax.boxes import avif_colour_codes
 from zipir_jax.files import RefusedError
 from zipir_jax.metadata import exif_names_adobe_rgb, png_chunks
 
@@ -56,14 +56,14 @@ def profile_of(file: io.BufferedIOBase, info: dict, exif: bytes | None) -> bytes
     """
     profile, codes = info.get("icc_profile"), None
     file.seek(0)
-    start = file.read(2**16)
+    start = file.read(8)
     if start.startswith(b"\x89PNG"):
         codes = next((data[:2] for kind, data in png_chunks(file) if kind == b"cICP"), None)
     elif profile is None and "nclx_profile" in info:
         codes = info["nclx_profile"]["color_primaries"], info["nclx_profile"]["transfer_characteristics"]
     elif profile is None and start[4:8] == b"ftyp":
-        nclx = re.search(rb"colrnclx(.{4})", start, re.DOTALL)
-        codes = nclx and struct.unpack(">HH", nclx[1])
+        file.seek(0)
+        codes = avif_colour_codes(file.read())
     if codes:
         primaries, curve = codes
         if curve in (PQ, HLG):

@@ -1,4 +1,4 @@
-"""What image files hold beside their pixels: read from all formats, and made to fit a picture turned and resized.
+"""EXIF data and XMP packets of a picture whose pixels have been turned upright and resized.
 
 EXIF data are a TIFF structure (TIFF 6.0, section 2): entries of 12 bytes, tag, type, count and value, where a value of
 more than 4 bytes is the offset of one. Maker notes, too, hold offsets that nobody knows how to move. So the few entries
@@ -17,9 +17,6 @@ SHORT, LONG = 3, 4  # types of entries
 WIDTHS = {ExifTags.Base.ImageWidth, ExifTags.Base.ExifImageWidth}
 HEIGHTS = {ExifTags.Base.ImageLength, ExifTags.Base.ExifImageHeight}
 SUBJECT = {0x9214, 0xA214}  # its area and place, in pixels of the picture as it lay
-IPTC_OF_TIFF, IPTC_OF_PHOTOSHOP = 33723, 0x0404
-# Texts of PNG files that are no texts: XMP, and what ImageMagick puts there of EXIF data, XMP and profiles.
-NO_TEXT = re.compile(rb"XML:com\.adobe\.xmp\0|Raw profile type (?:exif|app1|xmp|icc|icm)\0", re.IGNORECASE)
 GAIN_MAP = "the gain map: the result has no high dynamic range"
 # Properties of XMP that tell of something else in the file, which is not read, and what to say of it.
 ELSEWHERE = {
@@ -29,42 +26,6 @@ ELSEWHERE = {
     r"xmpNote:HasExtendedXMP": "the extended XMP: its first packet alone is read",
 }
 FACES = r"mwg-rs:Regions"
-
-
-def read_beside(file: io.BufferedIOBase, file_format: str) -> dict:
-    """What a file holds beside pixels, profile, EXIF data and XMP, as fields of a `Photograph`.
-
-    "iptc": bytes or None; "density": dots per inch in x and y, or None; "texts": (kind, data) of PNG's chunks, of which
-    a JPEG file's comment is made one; "lost": what is not read, as one sentence each.
-    """
-    iptc, density, texts, lost = None, None, [], []
-    file.seek(0)
-    if file_format in ("JPEG", "MPO"):
-        with Image.open(file, formats=["JPEG"]) as image:
-            iptc = image.info.get("photoshop", {}).get(IPTC_OF_PHOTOSHOP)
-            if image.info.get("jfif_unit") in (1, 2):  # else Pillow makes one up
-                density = tuple(map(float, image.info["dpi"]))
-            texts = [(b"tEXt", b"Comment\0" + data) for kind, data in image.applist if kind == "COM"]
-            if image.format == "MPO":
-                lost = [f"other pictures of the file ({image.n_frames - 1}): the first is restored"]
-    elif file_format == "PNG":
-        for kind, data in png_chunks(file):
-            if kind == b"pHYs" and len(data) == 9 and data[8] == 1:  # a metre
-                density = tuple(0.0254 * pixels for pixels in struct.unpack(">II", data[:8]))
-            elif kind in (b"tEXt", b"zTXt", b"iTXt") and not NO_TEXT.match(data):
-                texts.append((kind, data))
-    elif file_format == "TIFF":
-        import tifffile
-
-        from zipir_jax.tiff import picture_page
-
-        with tifffile.TiffFile(file) as tiff:
-            found = picture_page(tiff)[1].tags.valueof(IPTC_OF_TIFF)
-        iptc = found if isinstance(found, bytes) else None
-    elif re.search(rb"hdrgainmap|infe.{8,10}tmap", file.read(2**16), re.DOTALL):  # Apple's, ISO 21496-1's
-        lost = [GAIN_MAP]
-    density = density if density and min(density) > 0 else None
-    return {"iptc": iptc or None, "density": density, "texts": tuple(texts), "lost": tuple(lost)}
 
 
 def exif_density(exif: bytes) -> tuple[float, float] | None:

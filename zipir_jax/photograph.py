@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8, UInt16
 from PIL import Image, PngImagePlugin, features
 
+from zipir_jax.beside import IPTC_OF_PHOTOSHOP, read_beside
 from zipir_jax.files import replacing
 from zipir_jax.icc import from_srgb, use_of_profile
 from zipir_jax.imageio import (
@@ -30,14 +31,12 @@ from zipir_jax.imageio import (
     to_float,
 )
 from zipir_jax.metadata import (
-    IPTC_OF_PHOTOSHOP,
     byte_order,
     corrected_exif,
     corrected_xmp,
     exif_density,
     exif_orientation,
     hiding_orientation,
-    read_beside,
     xmp_of_the_picture,
     xmp_orientation,
 )
