@@ -21,6 +21,7 @@ import skimage.data
 from PIL import ExifTags, Image
 
 from zipir_jax import app
+from zipir_jax.comparison import slider_html
 from zipir_jax.restorer import Restorer
 
 gradio = pytest.importorskip("gradio", reason="the web page needs gradio")
@@ -66,7 +67,14 @@ def served(tiny_weights, quick_compile, tmp_path_factory):
     listening = app.listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     server = app.make_server(
-        restorer, str(tiny_weights), folder, "127.0.0.1", port, LARGEST_FILE, LARGEST_PIXELS
+        restorer,
+        str(tiny_weights),
+        folder,
+        "127.0.0.1",
+        port,
+        LARGEST_FILE,
+        LARGEST_PIXELS,
+        ("Photos.example", "b.example"),
     )
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -351,6 +359,53 @@ def test_cancelled_folder_keeps_what_is_done(visit):
     assert "one_x2.png" in zipfile.ZipFile(io.BytesIO(data)).namelist()
 
 
+@needs_chromium
+def test_link_elsewhere_opens_the_page_of_the_same_visitor(visit, served):
+    page = visit()
+    cookie = page.context.cookies()
+    page.goto(f"data:text/html,<a href='http://127.0.0.1:{served[0]}/'>restore photographs</a>")
+    page.get_by_role("link").click()
+    page.get_by_role("button", name="Restore", exact=True).wait_for()
+    assert page.context.cookies() == cookie
+
+
+@needs_chromium
+def test_comparison_page_slides(chromium, tmp_path):
+    """The one that `sample --compare slider` writes."""
+    before, after = np.zeros((60, 80, 3), np.float32), np.ones((120, 160, 3), np.float32)
+    (tmp_path / "compare.html").write_text(slider_html(before, after, "<harbour> & boats.png"))
+    page = chromium.new_page(viewport={"width": 390, "height": 800})
+    problems = []
+    page.on("console", lambda said: problems.append(said.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto((tmp_path / "compare.html").as_uri())
+    assert page.title() == page.get_by_role("heading").inner_text() == "<harbour> & boats.png"
+    shown = page.locator("#pictures").bounding_box()
+    assert page.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)") == [160, 160]
+
+    def colour_at(share):
+        """Of the middle row, at a share of the width."""
+        picture = Image.open(io.BytesIO(page.screenshot(clip=shown)))
+        return picture.convert("L").getpixel((int(share * picture.width), picture.height // 2))
+
+    assert colour_at(0.4) < 140 and colour_at(0.6) > 240
+    row = shown["y"] + shown["height"] / 2
+    page.mouse.move(shown["x"] + 0.5 * shown["width"], row)
+    page.mouse.down()
+    page.mouse.move(shown["x"] + 0.2 * shown["width"], row + 5, steps=4)
+    page.mouse.up()
+    assert colour_at(0.15) < 140 and colour_at(0.25) > 240
+    slider = page.get_by_role("slider")
+    assert abs(float(slider.input_value()) - 20) < 1
+    slider.press("End")
+    assert colour_at(0.9) < 140
+    slider.press("ArrowLeft")
+    assert slider.input_value() == "99.5"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.close()
+    assert problems == []
+
+
 # --------------------------------------------------------------------------------------------------
 # Without a browser
 # --------------------------------------------------------------------------------------------------
@@ -486,7 +541,7 @@ def test_other_pages_are_refused(served):
         "localhost@evil.example",
     ):
         assert ask(port, "GET", "/", Host=host)[0] == 421, host
-    for host in (f"localhost:{port}", here, f"[::1]:{port}", "LOCALHOST"):
+    for host in (f"localhost:{port}", here, f"[::1]:{port}", "LOCALHOST", "photos.example", "B.example:443"):
         assert ask(port, "GET", "/", Host=host)[0] == 200, host
     assert join(port, "", []) == 403  # no cookie: not a page that we have sent
     assert join(port, cookie.replace("=", "=x"), []) == 403
@@ -771,8 +826,10 @@ def test_port_in_use_is_one_line(call):
 
 
 def test_beyond_this_machine_is_warned_of(call, tmp_path):
-    status, _, printed = call(app.main, "--host", "0.0.0.0", "--port", "0", "--weights", tmp_path / "none")
-    assert status == 2
+    names = ("--allowed-host", "photos.example", "--allowed-host", "b.example")
+    to_all = ("--host", "0.0.0.0", "--port", "0", "--weights", tmp_path / "none")
+    status, _, printed = call(app.main, *to_all, *names)
+    assert status == 2 and "none" in printed
     assert printed.startswith("warning: whoever can reach 0.0.0.0")
     status, _, printed = call(app.main, "--port", "0", "--weights", tmp_path / "none")
     assert status == 2 and "warning" not in printed
