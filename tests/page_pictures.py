@@ -36,10 +36,13 @@ def save(page, path: Path) -> None:
     """What the page shows from its top to its end, in few colours: large files make a slow repository."""
     page.mouse.move(0, 0)
     time.sleep(1)  # fades
-    picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
-    picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.FLOYDSTEINBERG).save(
-        path, optimize=True
-    )
+    picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+    few = picture.quantize(256, Image.Quantize.MAXCOVERAGE)
+    for box in page.locator(".compare").all():  # but the photograph would show the edges between them
+        box = box.bounding_box()
+        corners = tuple(map(round, (box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"])))
+        few.paste(picture.crop(corners).quantize(palette=few, dither=Image.Dither.FLOYDSTEINBERG), corners)
+    few.save(path, optimize=True)
     print(f"{path}: {picture.width} x {picture.height} pixels, {path.stat().st_size} bytes")
 
 

@@ -326,9 +326,9 @@ CSS = """
 .status .error { color: #b91c1c; font-weight: 600; } .dark .status .error { color: #fca5a5; }
 .record { overflow-x: auto; font-size: 12px; line-height: 1.4; }
 .files { width: 100%; border-collapse: collapse; }
-.files tr { border: 0 !important; }
-.files td, .files th { padding: 4px 8px; border: solid var(--border-color-primary) !important;
-  border-width: 0 0 1px !important; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+.files, .files tr { border: 0 !important; }
+.files td, .files th { padding: 4px 8px; border-width: 0 0 1px !important; text-align: left; vertical-align: top;
+  border-bottom-color: var(--border-color-primary) !important; overflow-wrap: anywhere; }
 .files .failed { color: #b91c1c; } .dark .files .failed { color: #fca5a5; }
 """
 
