@@ -577,6 +577,9 @@ def test_only_what_the_page_needs_is_open(served):
         "/gradio_api/stream/a/b/1/playlist-file", "/gradio_api/file/etc/passwd", "//etc/passwd",
     ):  # fmt: skip
         assert ask(port, "GET", path, Cookie=cookie)[0] == 404, path
+    assert (
+        ask(port, "GET", "/gradio_api/app_id", Cookie=cookie)[0] == 200
+    )  # by which a page finds the server again
     for path in (
         "run/predict",
         "api/predict",
@@ -742,6 +745,27 @@ def test_room_is_for_all_and_half_of_it_for_one(tmp_path):
     visitors.check_room("one", 100)
     with pytest.raises(ValueError, match="more photographs; try again later"):
         visitors.check_room("third", 101)
+
+
+def test_results_count_to_the_room(tiny_weights, quick_compile, tmp_path):
+    from zipir_jax.guard import Visitors
+    from zipir_jax.page import Desk, job, restore_one
+
+    data = photograph()
+    visitors = Visitors(tmp_path, 2 * (len(data) + 100), sessions={"page": "visitor"})
+    visitors.folder_of("page").mkdir(parents=True)
+    upload = tmp_path / "visitor" / "a.jpg"
+    upload.write_bytes(data)
+    desk = Desk(Restorer.load(tiny_weights), {}, (), visitors, 10**6)
+    fields = ["Scale", 2, None, None, 1, 0, "none", 0, "png"]
+    with job(desk, "page", "photograph", [str(upload)], fields) as work:
+        with pytest.raises(ValueError, match="no room for more of your photographs"):
+            restore_one(desk, work, str(upload), "a.jpg", lambda text, done: None)
+        assert list(work.folder.iterdir()) == []
+        visitors.largest_folder = 10**6
+        written, record, _ = restore_one(desk, work, str(upload), "a.jpg", lambda text, done: None)
+    assert written.stat().st_size == record["output"]["bytes"] > 100
+    assert not desk.queue and not desk.cancels
 
 
 def test_turns_are_fair():
