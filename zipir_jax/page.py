@@ -86,7 +86,6 @@ class Desk:
 class Job:
     """What a press of a button has started."""
 
-    session: str
     visitor: str
     cancel: threading.Event
     target: TargetConfig
@@ -112,7 +111,7 @@ def job(desk: Desk, session: str, tab: str, paths: list[str], fields: Sequence) 
         raise ValueError("This page is restoring already; wait for it, or cancel it.")
     try:
         folder = fresh_folder(desk, session, tab)
-        yield Job(session, desk.visitors.sessions[session], cancel, *settings, file_format, folder)
+        yield Job(desk.visitors.sessions[session], cancel, *settings, file_format, folder)
     finally:
         del desk.cancels[session]
 
