@@ -21,13 +21,12 @@ from zipir_jax import app
 from zipir_jax.restorer import Restorer
 
 SECONDS = 600  # that a restoration may take
-SIDE = 160  # pixels, the longer side of what is restored
 
 
-def photograph(name: str) -> dict:
-    """A photograph, shrunk to SIDE, as the browser uploads it."""
+def photograph(name: str, side: int) -> dict:
+    """A photograph, shrunk to a longer side of so many pixels, as the browser uploads it."""
     picture = Image.fromarray(getattr(skimage.data, name)())
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
+    picture.thumbnail((side, side), Image.Resampling.BICUBIC)
     written = io.BytesIO()
     picture.save(written, "JPEG", quality=75)
     return {"name": f"{name}.jpg", "mimeType": "image/jpeg", "buffer": written.getvalue()}
@@ -37,10 +36,13 @@ def save(page, path: Path) -> None:
     """What the page shows from its top to its end, in few colours: large files make a slow repository."""
     page.mouse.move(0, 0)
     time.sleep(1)  # fades
-    picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
-    picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.FLOYDSTEINBERG).save(
-        path, optimize=True
-    )
+    picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+    few = picture.quantize(256, Image.Quantize.MAXCOVERAGE)
+    for box in page.locator(".compare").all():  # but the photograph would show the edges between them
+        box = box.bounding_box()
+        corners = tuple(map(round, (box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"])))
+        few.paste(picture.crop(corners).quantize(palette=few, dither=Image.Dither.FLOYDSTEINBERG), corners)
+    few.save(path, optimize=True)
     print(f"{path}: {picture.width} x {picture.height} pixels, {path.stat().st_size} bytes")
 
 
@@ -53,18 +55,23 @@ def take(browser, address: str, output: Path) -> None:
         return page
 
     save(visit(1280), output / "app_empty.png")
-    for width, name, path in ((1280, "chelsea", "app_result.png"), (390, "coffee", "app_phone.png")):
+    for width, name, side, path in (
+        (1280, "chelsea", 400, "app_result.png"),
+        (390, "coffee", 300, "app_phone.png"),
+    ):
         page = visit(width)
-        page.locator("input[type=file]").first.set_input_files(photograph(name))
+        page.locator("input[type=file]").first.set_input_files(photograph(name, side))
         page.locator(".picture").wait_for()
+        if width > 390:
+            page.get_by_role("button", name="More").click()
         page.get_by_role("button", name="Restore", exact=True).click()
         page.locator(".compare").wait_for()
         save(page, output / path)
     page = visit(1280)
     page.get_by_role("tab", name="Folder of photographs").click()
-    broken = photograph("coffee") | {"name": "half.jpg"}
+    broken = photograph("coffee", 160) | {"name": "half.jpg"}
     broken["buffer"] = broken["buffer"][:1500]
-    photographs = [photograph("astronaut"), broken, photograph("chelsea")]
+    photographs = [photograph("astronaut", 160), broken, photograph("chelsea", 160)]
     page.locator("input[type=file]").last.set_input_files(photographs)
     page.get_by_role("button", name="Restore all").click()
     page.get_by_text("2 of 3 restored.").wait_for()

@@ -1,5 +1,7 @@
 """The web page, in headless Chromium and by requests that no browser would send."""
 
+import asyncio
+import concurrent.futures
 import contextlib
 import http.client
 import io
@@ -19,6 +21,7 @@ import skimage.data
 from PIL import ExifTags, Image
 
 from zipir_jax import app
+from zipir_jax.comparison import slider_html
 from zipir_jax.restorer import Restorer
 
 gradio = pytest.importorskip("gradio", reason="the web page needs gradio")
@@ -64,7 +67,14 @@ def served(tiny_weights, quick_compile, tmp_path_factory):
     listening = app.listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     server = app.make_server(
-        restorer, str(tiny_weights), folder, "127.0.0.1", port, LARGEST_FILE, LARGEST_PIXELS
+        restorer,
+        str(tiny_weights),
+        folder,
+        "127.0.0.1",
+        port,
+        LARGEST_FILE,
+        LARGEST_PIXELS,
+        ("Photos.example", "b.example"),
     )
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -233,7 +243,9 @@ def test_cancel(visit):
 
 
 @needs_chromium
-def test_closed_page_frees_the_device(visit, served):
+def test_closed_page_frees_the_device_and_then_the_disk(visit, served, monkeypatch):
+    monkeypatch.setattr("zipir_jax.guard.GRACE", 1.0)
+    before = set(served[1].iterdir())
     page, other = visit(), visit()
     for visitor in (page, other):
         drop(visitor, ("a.jpg", photograph()))
@@ -249,7 +261,7 @@ def test_closed_page_frees_the_device(visit, served):
     press(other, "Restore")
     other.locator(".compare").wait_for()
     other.close()
-    until(lambda: not any(path.suffix for path in served[1].rglob("*") if path.is_file()))  # all were deleted
+    until(lambda: set(served[1].iterdir()) <= before)
 
 
 @needs_chromium
@@ -347,6 +359,53 @@ def test_cancelled_folder_keeps_what_is_done(visit):
     assert "one_x2.png" in zipfile.ZipFile(io.BytesIO(data)).namelist()
 
 
+@needs_chromium
+def test_link_elsewhere_opens_the_page_of_the_same_visitor(visit, served):
+    page = visit()
+    cookie = page.context.cookies()
+    page.goto(f"data:text/html,<a href='http://127.0.0.1:{served[0]}/'>restore photographs</a>")
+    page.get_by_role("link").click()
+    page.get_by_role("button", name="Restore", exact=True).wait_for()
+    assert page.context.cookies() == cookie
+
+
+@needs_chromium
+def test_comparison_page_slides(chromium, tmp_path):
+    """The one that `sample --compare slider` writes."""
+    before, after = np.zeros((60, 80, 3), np.float32), np.ones((120, 160, 3), np.float32)
+    (tmp_path / "compare.html").write_text(slider_html(before, after, "<harbour> & boats.png"))
+    page = chromium.new_page(viewport={"width": 390, "height": 800})
+    problems = []
+    page.on("console", lambda said: problems.append(said.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto((tmp_path / "compare.html").as_uri())
+    assert page.title() == page.get_by_role("heading").inner_text() == "<harbour> & boats.png"
+    shown = page.locator("#pictures").bounding_box()
+    assert page.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)") == [160, 160]
+
+    def colour_at(share):
+        """Of the middle row, at a share of the width."""
+        picture = Image.open(io.BytesIO(page.screenshot(clip=shown)))
+        return picture.convert("L").getpixel((int(share * picture.width), picture.height // 2))
+
+    assert colour_at(0.4) < 140 and colour_at(0.6) > 240
+    row = shown["y"] + shown["height"] / 2
+    page.mouse.move(shown["x"] + 0.5 * shown["width"], row)
+    page.mouse.down()
+    page.mouse.move(shown["x"] + 0.2 * shown["width"], row + 5, steps=4)
+    page.mouse.up()
+    assert colour_at(0.15) < 140 and colour_at(0.25) > 240
+    slider = page.get_by_role("slider")
+    assert abs(float(slider.input_value()) - 20) < 1
+    slider.press("End")
+    assert colour_at(0.9) < 140
+    slider.press("ArrowLeft")
+    assert slider.input_value() == "99.5"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.close()
+    assert problems == []
+
+
 # --------------------------------------------------------------------------------------------------
 # Without a browser
 # --------------------------------------------------------------------------------------------------
@@ -370,7 +429,7 @@ def enter(port):
     """A new visitor's cookie."""
     status, headers, _ = ask(port, "GET", "/")
     assert status == 200
-    assert "HttpOnly" in headers["Set-Cookie"] and "SameSite=Strict" in headers["Set-Cookie"]
+    assert "HttpOnly" in headers["Set-Cookie"] and "SameSite=Lax" in headers["Set-Cookie"]
     return headers["Set-Cookie"].partition(";")[0]
 
 
@@ -482,7 +541,7 @@ def test_other_pages_are_refused(served):
         "localhost@evil.example",
     ):
         assert ask(port, "GET", "/", Host=host)[0] == 421, host
-    for host in (f"localhost:{port}", here, f"[::1]:{port}", "LOCALHOST"):
+    for host in (f"localhost:{port}", here, f"[::1]:{port}", "LOCALHOST", "photos.example", "B.example:443"):
         assert ask(port, "GET", "/", Host=host)[0] == 200, host
     assert join(port, "", []) == 403  # no cookie: not a page that we have sent
     assert join(port, cookie.replace("=", "=x"), []) == 403
@@ -496,8 +555,11 @@ def test_sessions_of_others_are_refused(served):
     assert join(port, mine, [], "mine1") == 200
     assert join(port, other, [], "mine1") == 403
     assert upload(port, mine, upload_id="upload1")[0] == 200
-    for path in ("queue/data?session_hash=mine1", "heartbeat/mine1", "upload_progress?upload_id=upload1"):
+    for path in ("queue/data?session_hash=mine1", "heartbeat/mine1", "heartbeat/" + 33 * "x"):
         assert ask(port, "GET", f"/gradio_api/{path}", Cookie=other)[0] == 403
+    progress = "/gradio_api/upload_progress?upload_id=upload1"
+    assert b"done" in ask(port, "GET", progress, Cookie=mine)[2]
+    assert ask(port, "GET", progress, Cookie=other)[0] == 404
     cancel = json.dumps({"session_hash": "mine1", "fn_index": 0, "event_id": "x"}).encode()
     assert (
         ask(port, "POST", "/gradio_api/cancel", cancel, Cookie=other, Content_Type="application/json")[0]
@@ -512,10 +574,12 @@ def test_only_what_the_page_needs_is_open(served):
         "/config", "/gradio_api/info", "/gradio_api/openapi.json", "/openapi.json", "/docs", "/monitoring",
         "/gradio_api/call/look", "/gradio_api/runs", "/gradio_api/vibe-code", "/gradio_api/queue/status",
         "/gradio_api/proxy=http://127.0.0.1:1/", "/gradio_api/startup-events", "/?deep_link=..%2f..",
-        "/gradio_api/app_id",
         "/gradio_api/stream/a/b/1/playlist-file", "/gradio_api/file/etc/passwd", "//etc/passwd",
     ):  # fmt: skip
         assert ask(port, "GET", path, Cookie=cookie)[0] == 404, path
+    assert (
+        ask(port, "GET", "/gradio_api/app_id", Cookie=cookie)[0] == 200
+    )  # by which a page finds the server again
     for path in (
         "run/predict",
         "api/predict",
@@ -532,6 +596,27 @@ def test_only_what_the_page_needs_is_open(served):
         "/static/..%2f..%2fapp.py",
     ):
         assert ask(port, "GET", path)[0] in (403, 404), path
+
+
+def test_upload_that_breaks_off_leaves_nothing(served, capfd):
+    port, folder = served
+    cookie = enter(port)
+    before = set(folder.glob("*/upload-*"))
+    started = b'--xyz\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n' + bytes(9999)
+
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(
+            f"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nCookie: {cookie}\r\n"
+            "Content-Type: multipart/form-data; boundary=xyz\r\nContent-Length: 20000\r\n\r\n".encode()
+        )
+        connection.sendall(started)
+        until(lambda: set(folder.glob("*/upload-*")) > before)
+    until(lambda: set(folder.glob("*/upload-*")) == before)
+    assert "Traceback" not in capfd.readouterr().err
+    # Nor does a form that stops in the middle of a file.
+    headers = {"Content_Type": "multipart/form-data; boundary=xyz"}
+    assert ask(port, "POST", "/gradio_api/upload", started, Cookie=cookie, **headers)[2] == b"[]"
+    assert set(folder.glob("*/upload-*")) == before
 
 
 def test_sizes_are_limited(served):
@@ -614,52 +699,131 @@ def test_settings_that_are_no_numbers(values):
         read_settings(size, scale, None, None, steps, 0, "none", 0)
 
 
-def test_what_another_visitor_has_uploaded_stays(tmp_path):
-    """Gradio stores uploads of the same bytes in one folder, whatever they are called."""
+def test_a_visitors_files_stay_until_some_time_after_the_last_request(tmp_path, monkeypatch):
+    """Those of a page too; what another visitor has stays."""
+    from zipir_jax import guard
+
+    monkeypatch.setattr(guard, "GRACE", 0.1)
+    visitors = guard.Visitors(tmp_path, 0)
+
+    async def come_and_go():
+        with visitors.attended("one", ["page"]), visitors.attended("another", []):
+            with visitors.attended("one", ["closed"]):
+                closed, page = visitors.folder_of("closed"), visitors.folder_of("page")
+            await asyncio.sleep(0.05)  # an absence that is short enough
+            with visitors.attended("one", ["closed"]):
+                await asyncio.sleep(0.15)
+                assert closed.exists()
+            await asyncio.sleep(0.15)
+            assert not closed.exists() and page.exists() and "closed" not in visitors.sessions
+            with pytest.raises(FileNotFoundError):  # a restoration that has outlived its page
+                (closed / "late.png").touch()
+        with visitors.attended("another", []):
+            await asyncio.sleep(0.15)
+            assert [path.name for path in tmp_path.iterdir()] == ["another"]
+        await asyncio.sleep(0.15)
+
+    with concurrent.futures.ThreadPoolExecutor() as thread:  # for playwright's loop runs in this one
+        thread.submit(asyncio.run, come_and_go()).result()
+    assert list(tmp_path.iterdir()) == []
+    assert not visitors.sessions and not visitors.requests and not visitors.timers
+
+
+def test_room_is_for_all_and_half_of_it_for_one(tmp_path):
     from zipir_jax.guard import Visitors
 
-    visitors = Visitors(tmp_path, 0)
-    files = {visitor: tmp_path / "digest" / f"{visitor}.jpg" for visitor in ("one", "another")}
-    for visitor, path in files.items():
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-        visitors.sessions[visitor] = visitor
-        visitors.own(path, visitor)
-    visitors.leave("one")
-    assert not files["one"].exists() and files["another"].exists()
-    assert visitors.owns(str(files["another"]), "another") and not visitors.owns(str(files["one"]), "one")
-    visitors.leave("another")
-    assert list(tmp_path.iterdir()) == []
+    visitors = Visitors(tmp_path, 1000)
+    for visitor, size in (("one", 400), ("another", 350)):
+        (tmp_path / visitor).mkdir()
+        (tmp_path / visitor / "a_x4.png").write_bytes(bytes(size))
+    visitors.check_room("one", 100)
+    with pytest.raises(ValueError, match="more of your photographs"):
+        visitors.check_room("one", 101)
+    visitors.uploading.append(("another", 150))
+    with pytest.raises(ValueError, match="more of your photographs"):
+        visitors.check_room("another", 1)
+    visitors.check_room("one", 100)
+    with pytest.raises(ValueError, match="more photographs; try again later"):
+        visitors.check_room("third", 101)
+
+
+def test_results_count_to_the_room(tiny_weights, quick_compile, tmp_path):
+    from zipir_jax.guard import Visitors
+    from zipir_jax.page import Desk, job, restore_one
+
+    data = photograph()
+    visitors = Visitors(tmp_path, 2 * (len(data) + 100), sessions={"page": "visitor"})
+    visitors.folder_of("page").mkdir(parents=True)
+    upload = tmp_path / "visitor" / "a.jpg"
+    upload.write_bytes(data)
+    desk = Desk(Restorer.load(tiny_weights), {}, (), visitors, 10**6)
+    fields = ["Scale", 2, None, None, 1, 0, "none", 0, "png"]
+    with job(desk, "page", "photograph", [str(upload)], fields) as work:
+        with pytest.raises(ValueError, match="no room for more of your photographs"):
+            restore_one(desk, work, str(upload), "a.jpg", lambda text, done: None)
+        assert list(work.folder.iterdir()) == []
+        visitors.largest_folder = 10**6
+        written, record, _ = restore_one(desk, work, str(upload), "a.jpg", lambda text, done: None)
+    assert written.stat().st_size == record["output"]["bytes"] > 100
+    assert not desk.queue and not desk.cancels
 
 
 def test_turns_are_fair():
-    """Whoever has many photographs waits behind the others with each."""
+    """Whoever has many photographs waits behind the others with each, and so does a visitor's second page."""
     from zipir_jax.guard import Visitors
     from zipir_jax.page import Desk, turn
 
     loaded = Restorer.__new__(Restorer)
     desk = Desk(loaded, {}, (), Visitors(Path(), 0), 0)
-    order, first_is_in, go = [], threading.Event(), threading.Event()
+    order, waits, first_is_in, go = [], {}, threading.Event(), threading.Event()
 
-    def restore(who, count):
+    def restore(who, page, count):
         for _ in range(count):
-            with turn(desk, lambda before: None):
+            with turn(desk, who, lambda before: waits.setdefault(page, before)):
                 order.append(who)
                 first_is_in.set()
                 go.wait(SECONDS)
 
-    threads = [threading.Thread(target=restore, args=("many", 3))]
+    threads = [threading.Thread(target=restore, args=("many", "first", 3))]
     threads[0].start()
     first_is_in.wait(SECONDS)
-    for number, who in enumerate(("one", "another"), start=2):
-        threads.append(threading.Thread(target=restore, args=(who, 1)))
+    for who, page in (("many", "second"), ("one", "third"), ("another", "fourth")):
+        threads.append(threading.Thread(target=restore, args=(who, page, 1)))
         threads[-1].start()
-        until(lambda number=number: len(desk.tickets) == number)
+        until(lambda page=page: page in waits)
     go.set()
     for thread in threads:
         thread.join(SECONDS)
-    assert order == ["many", "one", "another", "many", "many"]
-    assert not desk.tickets
+    assert waits["second"] == 1 and waits["third"] == 1 and waits["fourth"] == 2
+    assert order == ["many", "one", "another", "many", "many", "many"]
+    assert not desk.queue
+
+
+def test_more_pages_than_threads_are_refused_before_they_start(tmp_path):
+    from zipir_jax.guard import Visitors
+    from zipir_jax.page import MOST_AT_WORK, Desk, job
+
+    visitors = Visitors(tmp_path, 0)
+    desk = Desk(Restorer.__new__(Restorer), {}, (), visitors, 0)
+    fields = ["Scale", 2, None, None, 4, 0, "none", 0, "png"]
+    with contextlib.ExitStack() as at_work:
+        for number in range(MOST_AT_WORK):
+            visitors.sessions[str(number)] = "visitor"
+            visitors.folder_of(str(number)).mkdir(parents=True)
+            at_work.enter_context(job(desk, str(number), "folder", ["a.jpg"], fields))
+        with pytest.raises(ValueError, match="pages are restoring already"):
+            at_work.enter_context(job(desk, "late", "folder", ["a.jpg"], fields))
+    assert not desk.cancels
+
+
+def test_an_errors_text_names_no_file_of_the_server(tmp_path):
+    from zipir_jax.page import reason
+
+    with pytest.raises(OSError) as caught:
+        (tmp_path / "none" / "a.png").write_bytes(b"")
+    told = reason(caught.value)
+    assert "No such file" in told and str(tmp_path) not in told
+    assert reason(ValueError("a.jpg: not an image")) == "a.jpg: not an image"
 
 
 @pytest.mark.parametrize(
@@ -686,8 +850,10 @@ def test_port_in_use_is_one_line(call):
 
 
 def test_beyond_this_machine_is_warned_of(call, tmp_path):
-    status, _, printed = call(app.main, "--host", "0.0.0.0", "--port", "0", "--weights", tmp_path / "none")
-    assert status == 2
+    names = ("--allowed-host", "photos.example", "--allowed-host", "b.example")
+    to_all = ("--host", "0.0.0.0", "--port", "0", "--weights", tmp_path / "none")
+    status, _, printed = call(app.main, *to_all, *names)
+    assert status == 2 and "none" in printed
     assert printed.startswith("warning: whoever can reach 0.0.0.0")
     status, _, printed = call(app.main, "--port", "0", "--weights", tmp_path / "none")
     assert status == 2 and "warning" not in printed

@@ -8,10 +8,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import tyro
+
 from zipir_jax.command_line import cache_compiled_programs, parse, run
 from zipir_jax.signals import delayed_signals
 
-FOLDER_GIB = 8  # of uploads and results of all visitors; with more, uploads are refused until some have left
+FOLDER_GIB = (
+    8  # of uploads and results of all visitors, half of it for one at most; what would be more is refused
+)
 
 
 def serve(
@@ -20,6 +24,7 @@ def serve(
     weights: str = "default",
     max_file_mb: float = 64.0,
     max_megapixels: float = 64.0,
+    allowed_host: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
 ) -> int:
     """Serve the page until Ctrl-C.
 
@@ -30,6 +35,7 @@ def serve(
         max_file_mb: largest file that is taken, million bytes
         max_megapixels: largest photograph, and largest result, million pixels; what the memory does not allow is
             refused in any case
+        allowed_host: another name that browsers may call this server by, as that of a proxy; may be given several times
     """
     for name, value in (("max_file_mb", max_file_mb), ("max_megapixels", max_megapixels)):
         if not value > 0:
@@ -53,7 +59,7 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="zipir_jax_") as folder, delayed_signals() as stopped:
         limits = int(max_file_mb * 1e6), int(max_megapixels * 1e6)
         port = listening.getsockname()[1]  # where 0 was asked for, any that was free
-        server = make_server(restorer, weights, Path(folder), host, port, *limits)
+        server = make_server(restorer, weights, Path(folder), host, port, *limits, allowed_host)
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         server.run(sockets=[listening])
     return 128 + stopped[0] if stopped else 0
@@ -76,11 +82,19 @@ def is_loopback(host: str) -> bool:
 
 
 def make_server(
-    restorer, weights, folder: Path, host: str, port: int, largest_file: int, largest_pixels: int
+    restorer,
+    weights,
+    folder: Path,
+    host: str,
+    port: int,
+    largest_file: int,
+    largest_pixels: int,
+    allowed_hosts: tuple[str, ...] = (),
 ):
     """A uvicorn server of the page, yet to be run.
 
     weights: those of the restorer, by name or folder. folder: of all files of its visitors. largest_file in bytes.
+    allowed_hosts: names that browsers may call it by, beside its address and those of this machine.
     """
     # Read as gradio is imported, and as the page is made.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # no word to its makers, and no look for newer versions
@@ -121,8 +135,8 @@ def make_server(
         ).set(block_info_text_color="*neutral_500", body_text_color_subdued="*neutral_500"),
         css=CSS,
     )
-    names = {"localhost", host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
-    app = guarded(app, visitors, names, cookie=f"zipir_jax_{port}")
+    names = {"localhost", host, socket.gethostname(), socket.getfqdn(), *allowed_hosts}
+    app = guarded(app, visitors, {name.lower() for name in names}, f"zipir_jax_{port}", largest_file)
     # Without a limit on its end, the server would wait for pages that are open.
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3, ws="none"))
 

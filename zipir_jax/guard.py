@@ -1,34 +1,45 @@
-"""What stands between a browser and gradio's server: who may ask for what.
+"""What stands between a browser and gradio's server: who may ask for what, and how long their files stay.
 
 Gradio serves more routes than the page needs, accepts a file's path from whoever names it, and shows an upload to
 everyone who knows its path. Here a request passes only if it comes from the page itself, asks for what the page needs,
-and names no file but what the same browser has uploaded or was given.
+and names no file but those in the folder of the same browser.
 """
 
+import asyncio
+import collections
 import contextlib
 import dataclasses
+import hashlib
 import ipaddress
 import json
+import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
-from fastapi.requests import HTTPConnection
-from fastapi.responses import PlainTextResponse
+from fastapi.requests import Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+from gradio.route_utils import MultiPartException, upload_fn
+from gradio.routes import file_upload_statuses
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 # Gradio's routes that the page's scripts call, beside what looks the same to everyone.
 OPEN = re.compile(r"/|/theme\.css|/favicon\.ico|/manifest\.json|/(assets|static)/.*")
 ROUTES = {
-    "GET": re.compile(r"/gradio_api/(file=.+|queue/data|upload_progress|heartbeat/\w+)"),
+    "GET": re.compile(r"/gradio_api/(file=.+|queue/data|upload_progress|heartbeat/\w+|app_id)"),
     "HEAD": re.compile(r"/gradio_api/file=.+"),
     "POST": re.compile(r"/gradio_api/(upload|queue/join|cancel|reset)"),
 }
 FILE = "/gradio_api/file="
 HEARTBEAT = "/gradio_api/heartbeat/"
 LARGEST_MESSAGE = 2**20  # bytes of a request that is no upload
+GRACE = 300.0  # seconds from the last request to the end of a page's files: a network may be away, or a laptop asleep
+COOKIE = re.compile(r"[\w-]{43}", re.ASCII)
+SESSION = re.compile(r"\w{1,32}", re.ASCII)
 # The page's scripts are inline and compile templates. Nothing comes from, or goes to, another server, and no other page
 # may show this one in a frame.
 HEADERS = (
@@ -47,56 +58,95 @@ HEADERS = (
 
 @dataclasses.dataclass(eq=False)
 class Visitors:
-    """Browsers, each known by a cookie, and what they have: open tabs (gradio's sessions) and files."""
+    """Browsers, each known by a cookie, and their open pages, which gradio calls sessions.
+
+    A visitor has a folder, named by a digest of the cookie, with a folder of each page and of each upload in it. GRACE
+    after the last request that concerns it, a visitor's folder goes, and so does a page's. Files that are made after it
+    have nowhere to be. But for `owns` and `check_room` everything here belongs to the event loop's thread.
+    """
 
     folder: Path  # of all their files
-    largest_folder: int  # bytes
-    known: set[str] = dataclasses.field(default_factory=set)
+    largest_folder: int  # bytes; half of it is for one visitor at most
     sessions: dict[str, str] = dataclasses.field(default_factory=dict)  # session: visitor
-    uploads: dict[str, str] = dataclasses.field(default_factory=dict)  # upload, as the page names it: visitor
-    # File: visitors. Gradio names uploads by their content, so that two may have uploaded the same file.
-    owners: dict[str, set[str]] = dataclasses.field(default_factory=dict)
-
-    def own(self, path: Path, visitor: str) -> None:
-        """From now on the visitor may read the file, and send its path."""
-        self.owners.setdefault(str(path), set()).add(visitor)
+    # By folder: requests that are under way, and without any the timer that deletes it.
+    requests: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    timers: dict[Path, asyncio.TimerHandle] = dataclasses.field(default_factory=dict)
+    # (visitor, bytes) that are on their way.
+    uploading: list[tuple[str, int]] = dataclasses.field(default_factory=list)
 
     def owns(self, path: str, visitor: str) -> bool:
-        return visitor in self.owners.get(path, ())
+        """Whether the path, as it is written, is that of a file of the visitor's."""
+        return (
+            path.startswith(f"{self.folder / visitor}/")
+            and os.path.normpath(path) == path
+            and os.path.isfile(path)
+        )
 
-    def remove(self, folder: Path) -> None:
-        """Delete a folder of files that the page has made."""
-        for path in [path for path in self.owners.copy() if Path(path).parent == folder]:
-            self.owners.pop(path, None)
-        shutil.rmtree(folder, ignore_errors=True)
+    def folder_of(self, session: str) -> Path:
+        return self.folder / self.sessions[session] / session
 
-    def leave(self, session: str) -> None:
-        """A tab was closed. With a visitor's last one, what the visitor has uploaded is deleted."""
-        visitor = self.sessions.pop(session, None)
-        if visitor is None or visitor in self.sessions.values():
-            return
-        for path, owners in self.owners.copy().items():
-            owners.discard(visitor)
-            if not owners:
-                self.owners.pop(path, None)
-                Path(path).unlink(missing_ok=True)
-                # Gradio's folders are named by content: another visitor's copy, under another name, may lie beside it.
-                with contextlib.suppress(OSError):
-                    Path(path).parent.rmdir()
+    @contextlib.contextmanager
+    def attended(self, visitor: str, sessions: Iterable[str]) -> Iterator[None]:
+        """A request, while which the folders of a visitor and of some of the visitor's pages are there."""
+        self.sessions.update(dict.fromkeys(sessions, visitor))
+        folders = [self.folder / visitor, *map(self.folder_of, sessions)]
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+            self.requests[folder] += 1
+            if folder in self.timers:
+                self.timers.pop(folder).cancel()
+        try:
+            yield
+        finally:
+            for folder in folders:
+                self.requests[folder] -= 1
+                if not self.requests[folder]:
+                    del self.requests[folder]
+                    loop = asyncio.get_running_loop()
+                    self.timers[folder] = loop.call_later(GRACE, self._forget, folder)
 
-    def is_full(self, more: int) -> bool:
-        """Whether so many bytes more would be too many."""
-        for path in self.folder.rglob("*"):
-            with contextlib.suppress(OSError):  # deleted meanwhile
-                more += path.stat().st_size
-        return more > self.largest_folder
+    def _forget(self, folder):
+        del self.timers[folder]
+        self.sessions.pop(folder.name, None)
+        # At once out of reach of a restoration that goes on, then deleted.
+        doomed = self.folder / f"doomed-{secrets.token_hex(8)}"
+        with contextlib.suppress(FileNotFoundError):  # gone with the visitor's
+            folder.rename(doomed)
+        asyncio.get_running_loop().run_in_executor(None, self._delete, doomed)
+
+    def _delete(self, doomed):
+        shutil.rmtree(doomed, ignore_errors=True)
+        for path in self.folder.iterdir():
+            if path.is_file():  # gradio leaves an empty one whenever it passes an upload's path on
+                path.unlink(missing_ok=True)
+
+    def check_room(self, visitor: str, more: int = 0) -> None:
+        """Raises ValueError where so many bytes more of a visitor's would be too many. Not for the event loop."""
+        uploading = self.uploading.copy()
+        mine = sum(size for uploader, size in uploading if uploader == visitor)
+        if more + mine + size_of(self.folder / visitor) > self.largest_folder // 2:
+            raise ValueError(
+                "There is no room for more of your photographs; close this page, and open it again in "
+                f"{GRACE / 60:.0f} minutes."
+            )
+        if more + sum(size for _, size in uploading) + size_of(self.folder) > self.largest_folder:
+            raise ValueError("There is no room for more photographs; try again later.")
 
 
-def guarded(app: Callable, visitors: Visitors, names: set[str], cookie: str) -> Callable:
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder and below."""
+    size = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # deleted meanwhile
+            size += path.stat().st_size * path.is_file()
+    return size
+
+
+def guarded(app: Callable, visitors: Visitors, names: set[str], cookie: str, largest_file: int) -> Callable:
     """An ASGI application that hands on to gradio's what the page itself may ask for, and refuses the rest.
 
     names: that a browser may call this server by, in small letters. cookie: its name; browsers share cookies between
-    the ports of a machine, so that servers on two ports need two names.
+    the ports of a machine, so that servers on two ports need two names. largest_file: bytes of one that is uploaded.
     """
 
     async def application(scope, receive, send):
@@ -104,67 +154,70 @@ def guarded(app: Callable, visitors: Visitors, names: set[str], cookie: str) -> 
             return await app(scope, receive, send)
         if scope["type"] != "http":
             return None  # a websocket: none is open
-        request = HTTPConnection(scope)
-        visitor = request.cookies.get(cookie)
-        visitor = visitor if visitor in visitors.known else None
         send = _with_headers(send, HEADERS)
-        refusal = _refusal(scope, request, visitors, visitor, names)
-        if refusal is None and scope["path"] == "/" and visitor is None:
-            visitor = secrets.token_urlsafe(32)
-            visitors.known.add(visitor)
-            value = f"{cookie}={visitor}; HttpOnly; SameSite=Strict; Path=/"
-            send = _with_headers(send, ((b"set-cookie", value.encode()),))
-        elif refusal is None and scope["path"] == "/gradio_api/upload":
-            send = _noting_uploads(send, visitors, visitor)
-        elif refusal is None and scope["method"] == "POST":
-            body = await _body(receive)
-            refusal = _refusal_of_message(body, visitors, visitor)
-            receive = _once_more(body, receive)
-        if refusal is not None:
-            return await PlainTextResponse(refusal[1], refusal[0])(scope, receive, send)
-        return await app(scope, receive, send)
+        request = Request(scope, receive)
+        path, secret = scope["path"], request.cookies.get(cookie, "")
+        try:
+            _check_origin(request, names)
+            if request.method in ("GET", "HEAD") and OPEN.fullmatch(path):
+                # Gradio restores a page's state from a file that is named in the address.
+                if path == "/" and b"deep_link" in scope["query_string"]:
+                    raise HTTPException(404, "Not found.")
+                if path == "/" and not COOKIE.fullmatch(secret):
+                    value = f"{cookie}={secrets.token_urlsafe(32)}; HttpOnly; SameSite=Lax; Path=/"
+                    send = _with_headers(send, ((b"set-cookie", value.encode()),))
+                return await app(scope, receive, send)
+            if request.method not in ROUTES or not ROUTES[request.method].fullmatch(path):
+                raise HTTPException(404, "Not found.")
+            if not COOKIE.fullmatch(secret):
+                raise HTTPException(403, "Load the page anew.")
+            visitor = hashlib.sha256(secret.encode()).hexdigest()
+            query = parse_qs(scope["query_string"].decode("latin-1"))
+            sessions = query.get("session_hash", [])
+            if path.startswith(HEARTBEAT):
+                sessions = [path.removeprefix(HEARTBEAT)]
+            if path.startswith(FILE) and not visitors.owns(path.removeprefix(FILE), visitor):
+                raise HTTPException(404, "Not found.")
+            # By this name gradio keeps how far an upload is, for whoever asks.
+            upload = "".join(visitor + name for name in query.get("upload_id", [])) or None
+            if path == "/gradio_api/upload_progress":
+                scope = scope | {"query_string": urlencode({"upload_id": upload}).encode()}
+            elif request.method == "POST" and path != "/gradio_api/upload":
+                body = await _body(receive)
+                sessions = [_session_of_message(body, visitors, visitor)]
+                receive = _once_more(body, receive)
+            # Who is the first to use the name of a session has it.
+            if not all(
+                SESSION.fullmatch(name) and visitors.sessions.get(name, visitor) == visitor
+                for name in sessions
+            ):
+                raise HTTPException(403, "That is another visitor's.")
+            with visitors.attended(visitor, sessions):
+                if path == "/gradio_api/upload":
+                    answer = await _upload(request, visitors, visitor, upload, largest_file)
+                    return await answer(scope, receive, send)
+                return await app(scope, receive, send)
+        except HTTPException as refusal:
+            return await PlainTextResponse(refusal.detail, refusal.status_code)(scope, receive, send)
+        except ClientDisconnect:  # in the middle of an upload: nobody is there to be told
+            return None
 
     return application
 
 
-def _refusal(scope, request, visitors, visitor, names):
-    """(status, sentence), or None for a request that may pass as far as its head says."""
-    path, headers = scope["path"], request.headers
+def _check_origin(request, names):
+    """Raises HTTPException for what a page elsewhere has made the browser ask."""
+    headers = request.headers
     if not is_name_of_here(headers.get("host", ""), names):
-        return 421, "This server does not go by that name; open it by its address."
+        raise HTTPException(421, "This server does not go by that name; open it by its address.")
     origin = headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != headers["host"]:
-        return 403, "Another page may not use this one."
-    # What a browser says of who has made it ask. Older ones say nothing: then the cookie does, which is sent with the
-    # page's own requests alone.
-    if path != "/" and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-        return 403, "Another page may not use this one."
-    if scope["method"] in ("GET", "HEAD") and OPEN.fullmatch(path):
-        # Gradio restores a page's state from a file that is named in the address.
-        return (404, "Not found.") if path == "/" and scope["query_string"].count(b"deep_link") else None
-    routes = ROUTES.get(scope["method"])
-    if routes is None or not routes.fullmatch(path):
-        return 404, "Not found."
-    if visitor is None:
-        return 403, "Load the page anew."
-    if path.startswith(FILE) and not visitors.owns(path.removeprefix(FILE), visitor):
-        return 404, "Not found."
-    # Who is the first to use the name of a session, or of an upload, has it.
-    query = parse_qs(scope["query_string"].decode("latin-1"))
-    sessions = query.get("session_hash", [])
-    if path.startswith(HEARTBEAT):
-        sessions = [path.removeprefix(HEARTBEAT)]
-    named = [(visitors.sessions, session) for session in sessions]
-    named += [(visitors.uploads, upload) for upload in query.get("upload_id", [])]
-    if any(owners.setdefault(name, visitor) != visitor for owners, name in named):
-        return 403, "That is another visitor's."
-    if path == "/gradio_api/upload":
-        length = headers.get("content-length", "")
-        if not length.isdecimal():
-            return 411, "An upload has to say how long it is."
-        if visitors.is_full(int(length)):
-            return 507, "There is no room for more photographs; try again later."
-    return None
+    # What a browser says of who has made it ask; a link to the page itself may stand anywhere. Older ones say nothing:
+    # then the cookie does, which is sent along with links, and else with the page's own requests alone.
+    site = headers.get("sec-fetch-site", "none")
+    if (origin is not None and origin.partition("://")[2] != headers["host"]) or (
+        request.scope["path"] != "/" and site not in ("same-origin", "none")
+    ):
+        raise HTTPException(403, "Another page may not use this one.")
 
 
 def is_name_of_here(host: str, names: set[str]) -> bool:
@@ -181,21 +234,19 @@ def is_name_of_here(host: str, names: set[str]) -> bool:
     return True
 
 
-def _refusal_of_message(body, visitors, visitor):
+def _session_of_message(body, visitors, visitor):
+    """The session that a message of the page is of; raises HTTPException for a message that the page would not send."""
     if body is None:
-        return 413, f"More than {LARGEST_MESSAGE} bytes."
+        raise HTTPException(413, f"More than {LARGEST_MESSAGE} bytes.")
     try:
         message = json.loads(body)
     except ValueError:
-        return 400, "No JSON."
-    if not isinstance(message, dict):
-        return 400, "No message of the page."
-    session = message.get("session_hash")
-    if not isinstance(session, str) or visitors.sessions.setdefault(session, visitor) != visitor:
-        return 403, "That is another visitor's."
+        raise HTTPException(400, "No JSON.") from None
+    if not isinstance(message, dict) or not isinstance(message.get("session_hash"), str):
+        raise HTTPException(400, "No message of the page.")
     if not all(isinstance(path, str) and visitors.owns(path, visitor) for path in _paths(message)):
-        return 403, "That file is not one that you have uploaded."
-    return None
+        raise HTTPException(403, "That file is not one that you have uploaded.")
+    return message["session_hash"]
 
 
 def _paths(message):
@@ -209,6 +260,31 @@ def _paths(message):
     elif isinstance(message, list):
         for value in message:
             yield from _paths(value)
+
+
+async def _upload(request, visitors, visitor, name, largest_file):
+    """The answer to an upload. It has a folder of its own, and what does not arrive whole leaves none."""
+    length = request.headers.get("content-length", "")
+    if not length.isdecimal():
+        raise HTTPException(411, "An upload has to say how long it is.")
+    folder = visitors.folder / visitor / f"upload-{secrets.token_hex(8)}"
+    coming, paths = (visitor, int(length)), []
+    visitors.uploading.append(coming)
+    try:
+        try:
+            await asyncio.to_thread(visitors.check_room, visitor)
+        except ValueError as error:
+            raise HTTPException(507, str(error)) from None
+        paths, *_ = await upload_fn(
+            request, folder, largest_file, name, upload_progress=name and file_upload_statuses
+        )
+    except MultiPartException as error:
+        raise HTTPException(413 if "maximum allowed size" in error.message else 400, error.message) from None
+    finally:
+        visitors.uploading.remove(coming)
+        if not paths:
+            shutil.rmtree(folder, ignore_errors=True)
+    return JSONResponse(paths)
 
 
 async def _body(receive):
@@ -240,23 +316,3 @@ def _with_headers(send, more):
         await send(event)
 
     return send_with_headers
-
-
-def _noting_uploads(send, visitors, visitor):
-    """`send` that makes the visitor owner of the files that gradio answers to have stored, before the answer leaves."""
-    answer = b""
-
-    async def send_and_note(event):
-        nonlocal answer
-        if event["type"] == "http.response.body":
-            answer += event.get("body", b"")
-            if not event.get("more_body"):
-                try:
-                    paths = json.loads(answer)
-                except ValueError:  # a refusal
-                    paths = []
-                for path in paths if isinstance(paths, list) else ():
-                    visitors.own(Path(path), visitor)
-        await send(event)
-
-    return send_and_note

@@ -6,17 +6,19 @@ Files come from browsers as bytes. Their names are shown and become names of dow
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import html
 import io
 import math
 import secrets
+import shutil
 import threading
 import time
 import typing
 import unicodedata
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -47,9 +49,7 @@ from zipir_jax.planner import refusing
 from zipir_jax.restorer import PHASES, Restorer, restore_photograph, target_pixels
 
 LARGEST_PREVIEW = 2048  # pixels, the longer side of what a browser shows
-MOST_WAITING = (
-    16  # photographs of all visitors that wait for the device; each holds one of the server's 40 threads
-)
+MOST_AT_WORK = 16  # pages that restore or wait for it; each holds one of the server's 40 threads
 MOST_FILES = 200  # of a folder of photographs
 LONGEST_NAME = 80  # characters of a file's name, without its suffix
 SIZES = {
@@ -76,31 +76,67 @@ class Desk:
     prompts: tuple[str, ...]  # prompt and negative prompt of weights that were trained with text; else ()
     visitors: Visitors
     largest_pixels: int  # of a photograph, and of a result
-    # Photographs that wait for the device, in the order in which they came; the first one is being restored.
-    tickets: collections.deque = dataclasses.field(default_factory=collections.deque)
+    # Visitors of whom a photograph waits for the device, in the order in which they came; the first one's is on it.
+    queue: collections.deque[str] = dataclasses.field(default_factory=collections.deque)
     next_one: threading.Condition = dataclasses.field(default_factory=threading.Condition)
     cancels: dict[str, threading.Event] = dataclasses.field(default_factory=dict)  # of sessions at work
-    folders: dict[tuple[str, str], Path] = dataclasses.field(
-        default_factory=dict
-    )  # of a session, for a purpose
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a press of a button has started."""
+
+    visitor: str
+    cancel: threading.Event
+    target: TargetConfig
+    restoration: RestorationConfig
+    seed: int
+    file_format: str
+    folder: Path  # for its files
 
 
 @contextlib.contextmanager
-def turn(desk: Desk, waiting: Callable[[int], None]) -> Iterator[None]:
+def job(desk: Desk, session: str, tab: str, paths: list[str], fields: Sequence) -> Iterator[Job]:
+    """Uploads are restored within, with what the tab's fields hold; ValueError with a sentence if they cannot be."""
+    if not paths:
+        raise ValueError("Drop a photograph first.")
+    if len(paths) > MOST_FILES:
+        raise ValueError(f"{len(paths)} photographs are more than {MOST_FILES}; give them in parts.")
+    *values, file_format = fields
+    settings = read_settings(*values)
+    if len(desk.cancels) >= MOST_AT_WORK:
+        raise ValueError(f"{MOST_AT_WORK} pages are restoring already; try again later.")
+    cancel = threading.Event()
+    if desk.cancels.setdefault(session, cancel) is not cancel:
+        raise ValueError("This page is restoring already; wait for it, or cancel it.")
+    try:
+        folder = fresh_folder(desk, session, tab)
+        yield Job(desk.visitors.sessions[session], cancel, *settings, file_format, folder)
+    finally:
+        del desk.cancels[session]
+
+
+def cancel_job(desk: Desk, session: str) -> None:
+    """End what the session does, if it does anything."""
+    if session in desk.cancels:
+        desk.cancels[session].set()
+
+
+@contextlib.contextmanager
+def turn(desk: Desk, visitor: str, waiting: Callable[[int], None]) -> Iterator[None]:
     """The device for one photograph, in turn: whoever has many waits behind the others with each of them.
 
-    waiting: told again and again how many are before this one; what it raises ends the wait. Raises ValueError where
-    MOST_WAITING wait.
+    A visitor has one place in the queue, for which the visitor's other pages wait. waiting: told again and again how
+    many are before this photograph; what it raises ends the wait.
     """
-    ticket = object()
-    with desk.next_one:
-        if len(desk.tickets) > MOST_WAITING:
-            raise ValueError(f"{MOST_WAITING} photographs are waiting already; try again later.")
-        desk.tickets.append(ticket)
+    has_place = False
     try:
         while True:
             with desk.next_one:
-                before = desk.tickets.index(ticket)
+                if visitor not in desk.queue:
+                    desk.queue.append(visitor)
+                    has_place = True
+                before = desk.queue.index(visitor) + (not has_place)
             if before == 0:
                 break
             waiting(before)
@@ -108,40 +144,19 @@ def turn(desk: Desk, waiting: Callable[[int], None]) -> Iterator[None]:
                 desk.next_one.wait(0.5)  # or else a cancelled one would go on waiting
         yield
     finally:
-        with desk.next_one:
-            desk.tickets.remove(ticket)
-            desk.next_one.notify_all()
-
-
-@contextlib.contextmanager
-def at_work(desk: Desk, session: str) -> Iterator[threading.Event]:
-    """The event that cancels what the session does within; ValueError if it does something already."""
-    cancel = threading.Event()
-    if desk.cancels.setdefault(session, cancel) is not cancel:
-        raise ValueError("This page is restoring already; wait for it, or cancel it.")
-    try:
-        yield cancel
-    finally:
-        desk.cancels.pop(session, None)
-
-
-def leave(desk: Desk, session: str) -> None:
-    """A page was closed: what it does ends, and what it has is deleted."""
-    if session in desk.cancels:
-        desk.cancels[session].set()
-    for key in [key for key in desk.folders.copy() if key[0] == session]:
-        desk.visitors.remove(desk.folders.pop(key))
-    desk.visitors.leave(session)
+        if has_place:
+            with desk.next_one:
+                desk.queue.remove(visitor)
+                desk.next_one.notify_all()
 
 
 def fresh_folder(desk: Desk, session: str, purpose: str) -> Path:
-    """An empty folder for a page's files of one kind; the ones that it had before are deleted."""
-    folder = desk.visitors.folder / secrets.token_hex(16)
+    """An empty folder for a page's files of one kind; those that it had before are deleted."""
+    folder = desk.visitors.folder_of(session) / purpose
+    shutil.rmtree(folder, ignore_errors=True)
+    folder = folder / secrets.token_hex(8)  # browsers keep what they had from the same address
+    folder.parent.mkdir(exist_ok=True)
     folder.mkdir()
-    before = desk.folders.get((session, purpose))
-    desk.folders[session, purpose] = folder
-    if before is not None:
-        desk.visitors.remove(before)
     return folder
 
 
@@ -207,17 +222,23 @@ def output_name(name: str, target: TargetConfig, result: tuple[int, int], file_f
     return f"{stem}_{size}.{file_format}"
 
 
-def restore_one(desk, name, data, settings, file_format, folder, cancel, tell):
-    """Restore a photograph's bytes into a file of the folder.
+def restore_one(
+    desk: Desk,
+    job: Job,
+    path: str,
+    name: str,
+    tell: Callable[[str, float], None],
+    show: Callable | None = None,
+) -> tuple:
+    """Restore an upload, which is shown and recorded by a name, into a file of the job's folder.
 
-    tell(sentence, done) is told how far it is. Returns the photograph, the restored one, the path of its file, and its
-    record (provenance.py). Raises ValueError with a sentence, and CancelledError.
+    tell(sentence, done) is told how far it is. Returns the file's path, its record (provenance.py), and what
+    show(before=photograph, after=restored) returns. Raises ValueError with a sentence, OSError, and CancelledError.
     """
-    target, restoration, seed = settings
-    seconds, begun = {}, time.monotonic()
+    seconds, begun = {}, 0.0
 
     def told(sentence, done=0.0):
-        if cancel.is_set():
+        if job.cancel.is_set():
             raise CancelledError
         tell(sentence, done)
 
@@ -227,42 +248,53 @@ def restore_one(desk, name, data, settings, file_format, folder, cancel, tell):
             begun = time.monotonic()
         elif done == 1:
             seconds[phase] = time.monotonic() - begun
-        sentence, steps = DOING[phase], restoration.sampling.steps
+        sentence, steps = DOING[phase], job.restoration.sampling.steps
         if phase == "denoise":
             sentence += f", step {min(int(done * steps) + 1, steps)} of {steps}"
         told(sentence, (PHASES.index(phase) + done) / len(PHASES))
 
-    _, result = planned_size(desk, name, data, target, restoration, file_format)
-    with turn(desk, lambda before: told(f"Waiting, {before} before you")), refusing(NO_MEMORY):
+    # What cannot be is said at once; while it waits, it holds nothing in memory.
+    _, result = planned_size(desk, name, opened(path), job.target, job.restoration, job.file_format)
+    desk.visitors.check_room(job.visitor)
+    waiting = turn(desk, job.visitor, lambda before: told(f"Waiting, {before} before you"))
+    with waiting, refusing(NO_MEMORY):
         told("Opening the photograph")
+        begun, data = time.monotonic(), opened(path)
         photograph = read_photograph(name, data)
         seconds["read"] = time.monotonic() - begun
         restored = restore_photograph(
-            desk.restorer, photograph, target, restoration, seed=seed, progress=progress
+            desk.restorer, photograph, job.target, job.restoration, seed=job.seed, progress=progress
         )
-    with refusing(NO_MEMORY):
         told("Writing the file", 1.0)
-        begun = time.monotonic()
-        encoded, path = io.BytesIO(), folder / output_name(name, target, result, file_format)
-        not_kept = write_photograph(encoded, restored, output_format(path))
+        begun, encoded = time.monotonic(), io.BytesIO()
+        written = job.folder / output_name(name, job.target, result, job.file_format)
+        not_kept = write_photograph(encoded, restored, output_format(written))
         seconds["write"] = time.monotonic() - begun
-        path.write_bytes(encoded.getbuffer())
-    made_with = provenance.settings(
-        target, restoration, seed, desk.restorer.config.dit.attention, None, *desk.prompts
-    )
-    record = provenance.record(
-        name,
-        hashlib.sha256(data).hexdigest(),
-        photograph,
-        path.name,
-        encoded.getbuffer(),
-        restored,
-        made_with,
-        desk.weights,
-        seconds,
-        not_kept,
-    )
-    return photograph, restored, path, record
+        desk.visitors.check_room(job.visitor, encoded.getbuffer().nbytes)
+        written.write_bytes(encoded.getbuffer())
+        made_with = provenance.settings(
+            job.target, job.restoration, job.seed, desk.restorer.config.dit.attention, None, *desk.prompts
+        )
+        record = provenance.record(
+            name,
+            hashlib.sha256(data).hexdigest(),
+            photograph,
+            written.name,
+            encoded.getbuffer(),
+            restored,
+            made_with,
+            desk.weights,
+            seconds,
+            not_kept,
+        )
+        return written, record, show and show(before=photograph, after=restored)
+
+
+def reason(error: Exception) -> str:
+    """What a person is told of an error; the text of an OSError names files of the server."""
+    if isinstance(error, OSError):
+        return f"The server could not read or write its files: {error.strerror or 'unknown error'}."
+    return str(error)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -293,9 +325,9 @@ CSS = """
 .status .error { color: #b91c1c; font-weight: 600; } .dark .status .error { color: #fca5a5; }
 .record { overflow-x: auto; font-size: 12px; line-height: 1.4; }
 .files { width: 100%; border-collapse: collapse; }
-.files tr { border: 0 !important; }
-.files td, .files th { padding: 4px 8px; border: solid var(--border-color-primary) !important;
-  border-width: 0 0 1px !important; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+.files, .files tr { border: 0 !important; }
+.files td, .files th { padding: 4px 8px; border-width: 0 0 1px !important; text-align: left; vertical-align: top;
+  border-bottom-color: var(--border-color-primary) !important; overflow-wrap: anywhere; }
 .files .failed { color: #b91c1c; } .dark .files .failed { color: #fca5a5; }
 """
 
@@ -305,7 +337,7 @@ def sentence(text: str, is_error: bool = False) -> str:
     return f'<p class="error" role="alert">{text}</p>' if is_error else f"<p>{text}</p>"
 
 
-def preview(desk: Desk, session: str, visitor: str, purpose: str, **pictures: Photograph) -> str:
+def preview(desk: Desk, session: str, purpose: str, **pictures: Photograph) -> str:
     """One picture, or the slider between `before` and `after`: HTML with JPEG files of LARGEST_PREVIEW at most."""
     folder = fresh_folder(desk, session, purpose)
     height, width = pictures["after" if "after" in pictures else "before"].pixels.shape[:2]
@@ -317,7 +349,6 @@ def preview(desk: Desk, session: str, visitor: str, purpose: str, **pictures: Ph
         Image.fromarray(to_uint8(resize(photograph.pixels, height, width))).save(
             path, quality=90, subsampling=0
         )
-        desk.visitors.own(path, visitor)
         urls[which] = "gradio_api/file=" + quote(str(path))
     shape = f"aspect-ratio: {width} / {height}; max-width: calc(70vh * {width / height:.4f});"
     if "after" not in urls:
@@ -356,20 +387,20 @@ def build_page(desk: Desk) -> gr.Blocks:
             photograph_tab(desk)
         with gr.Tab("Folder of photographs"):
             folder_tab(desk)
-        page.unload(_leaving(desk))
+        page.unload(_cancelling(desk))
     # Turns are taken in `turn`: gradio's own queue would let a folder of photographs hold the device to its end.
     return page.queue(default_concurrency_limit=None, max_size=128, api_open=False)
 
 
-def _leaving(desk):
-    def leaving(request: gr.Request):
-        leave(desk, request.session_hash)
+def _cancelling(desk):
+    def cancelling(request: gr.Request):
+        cancel_job(desk, request.session_hash)
 
-    return leaving
+    return cancelling
 
 
-def settings_fields():
-    """The fields of a tab, in the order in which `read_settings` takes them, and the format."""
+def controls(start_label: str):
+    """(fields of a tab, in the order in which `job` takes them; its two buttons)"""
     size = gr.Radio(list(SIZES), value="Scale", label="Size of the result by")
     scale = gr.Slider(1, 8, value=4, step=0.5, label="Scale", info="times as wide and as high")
     long_side = gr.Number(value=2048, minimum=1, precision=0, label="Long side", info="pixels", visible=False)
@@ -399,6 +430,9 @@ def settings_fields():
         steps = gr.Slider(1, 100, value=fast.sampling.steps, step=1, label="Steps")
         seed = gr.Number(value=0, minimum=0, maximum=LARGEST_SEED, precision=0, label="Seed")
         file_format = gr.Dropdown(list(FORMATS.values()), value="png", label="Format", filterable=False)
+    with gr.Row():
+        start = gr.Button(start_label, variant="primary", min_width=100)
+        cancel = gr.Button("Cancel", interactive=False, min_width=100)
 
     def show_size(size):
         return [gr.update(visible=size == shown) for shown in SIZES]
@@ -410,16 +444,12 @@ def settings_fields():
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     size.change(show_size, size, [scale, long_side, megapixels], **quiet)
     preset.input(apply_preset, preset, [steps, fidelity, colour], **quiet)
-    return [size, scale, long_side, megapixels, steps, fidelity, colour, seed], file_format
+    return [size, scale, long_side, megapixels, steps, fidelity, colour, seed, file_format], start, cancel
 
 
-def buttons(desk, start, cancel, restore, inputs, outputs, status, downloads):
+def connect(desk, start, cancel, restore, inputs, outputs, status, downloads):
     """`start` runs `restore`; meanwhile `cancel` can be pressed, and `start` cannot."""
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
-
-    def cancelling(request: gr.Request):
-        if request.session_hash in desk.cancels:
-            desk.cancels[request.session_hash].set()
 
     def begin():
         return gr.update(interactive=False), gr.update(interactive=True), "", *no_downloads(downloads)
@@ -432,7 +462,7 @@ def buttons(desk, start, cancel, restore, inputs, outputs, status, downloads):
         restore, inputs, outputs, show_progress="full", show_progress_on=status, api_visibility="private"
     )
     running.then(end, None, [start, cancel], **quiet)
-    cancel.click(cancelling, None, None, **quiet)
+    cancel.click(_cancelling(desk), None, None, **quiet)
 
 
 def no_downloads(buttons):
@@ -443,10 +473,7 @@ def photograph_tab(desk: Desk) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             file = gr.File(label="Photograph", file_count="single", height=150)
-            fields, file_format = settings_fields()
-            with gr.Row():
-                start = gr.Button("Restore", variant="primary", min_width=100)
-                cancel = gr.Button("Cancel", interactive=False, min_width=100)
+            fields, start, cancel = controls("Restore")
         with gr.Column(scale=2, min_width=320):
             view = gr.HTML(NOTHING, elem_classes="plain")
             status = gr.HTML(elem_classes=["plain", "status"])
@@ -461,12 +488,9 @@ def photograph_tab(desk: Desk) -> None:
         shown = NOTHING
         if path is not None:
             with contextlib.suppress(ValueError, OSError):  # `outlook` says what is wrong
-                data, name = opened(path)
+                data, name = opened(path), name_of(path)
                 check_pixels(desk, "the photograph has", upright_size(name, data))
-                photograph = read_photograph(name, data)
-                shown = preview(
-                    desk, request.session_hash, visitor_of(desk, request), "before", before=photograph
-                )
+                shown = preview(desk, request.session_hash, "before", before=read_photograph(name, data))
         return shown, *no_downloads([picture, record]), ""
 
     def outlook(path, *fields_and_format):
@@ -474,63 +498,49 @@ def photograph_tab(desk: Desk) -> None:
         if path is None:
             return ""
         *fields, file_format = fields_and_format
+        name = name_of(path)
         try:
-            data, name = opened(path)
             target, restoration, _ = read_settings(*fields)
-            size, result = planned_size(desk, name, data, target, restoration, file_format)
+            size, result = planned_size(desk, name, opened(path), target, restoration, file_format)
         except (ValueError, OSError) as error:
-            return sentence(str(error), is_error=True)
+            return sentence(reason(error), is_error=True)
         shown = " to ".join(f"{width} x {height}" for height, width in (size, result))
         return sentence(f"{name}: {shown} pixels.")
 
-    def restore(request: gr.Request, path, progress=gr.Progress(), *fields_and_format):  # noqa: B008
-        *fields, file_format = fields_and_format
-        session, visitor = request.session_hash, visitor_of(desk, request)
+    def restore(request: gr.Request, path, progress=gr.Progress(), *fields):  # noqa: B008
+        session, none = request.session_hash, no_downloads([picture, record])
         try:
-            if path is None:
-                raise ValueError("Drop a photograph first.")
-            data, name = opened(path)
-            settings = read_settings(*fields)
-            with at_work(desk, session) as cancel:
-                folder = fresh_folder(desk, session, "result")
-                photograph, restored, written, made = restore_one(
+            with job(desk, session, "photograph", [path] if path else [], fields) as work:
+                written, made, shown = restore_one(
                     desk,
-                    name,
-                    data,
-                    settings,
-                    file_format,
-                    folder,
-                    cancel,
+                    work,
+                    path,
+                    name_of(path),
                     lambda text, done: progress(done, text),
+                    functools.partial(preview, desk, session, "slider"),
                 )
-                shown = preview(desk, session, visitor, "slider", before=photograph, after=restored)
             beside = provenance.record_path(written)
             beside.write_bytes(provenance.as_json(made))
-            text = f'<pre class="record">{html.escape(beside.read_text())}</pre>'
-            for path in (written, beside):
-                desk.visitors.own(path, visitor)
-            height, width = restored.pixels.shape[:2]
-            told = sentence(f"{written.name}: {width} x {height} pixels.") + "".join(
-                map(sentence, made["not_kept"])
-            )
-            return (
-                shown,
-                told,
-                *(gr.update(value=path, interactive=True) for path in (written, beside)),
-                text,
-            )
         except CancelledError:
-            return gr.update(), sentence("Cancelled."), *no_downloads([picture, record]), ""
+            return gr.update(), sentence("Cancelled."), *none, ""
         except (ValueError, OSError) as error:
-            return gr.update(), sentence(str(error), is_error=True), *no_downloads([picture, record]), ""
+            return gr.update(), sentence(reason(error), is_error=True), *none, ""
+        told = [
+            f"{written.name}: {made['output']['width']} x {made['output']['height']} pixels.",
+            *made["not_kept"],
+        ]
+        downloads = (gr.update(value=path, interactive=True) for path in (written, beside))
+        text = f'<pre class="record">{html.escape(beside.read_text())}</pre>'
+        return shown, "".join(map(sentence, told)), *downloads, text
 
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    inputs = [file, *fields, file_format]
-    file.change(look, file, [view, picture, record, made], concurrency_limit=2, **quiet)
+    inputs = [file, *fields]
+    # One at a time: beside the restoration, no more large arrays than those of one preview.
+    file.change(look, file, [view, picture, record, made], concurrency_limit=1, **quiet)
     for field in inputs:
         # One at a time, in the order of the changes: the last one is what holds.
         field.change(outlook, inputs, status, concurrency_limit=1, concurrency_id="outlook", **quiet)
-    buttons(
+    connect(
         desk, start, cancel, restore, inputs, [view, status, picture, record, made], status, [picture, record]
     )
 
@@ -544,90 +554,62 @@ def folder_tab(desk: Desk) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             files = gr.File(label="Photographs", file_count="multiple", height=200)
-            fields, file_format = settings_fields()
-            with gr.Row():
-                start = gr.Button("Restore all", variant="primary", min_width=100)
-                cancel = gr.Button("Cancel", interactive=False, min_width=100)
+            fields, start, cancel = controls("Restore all")
         with gr.Column(scale=2, min_width=320):
             status = gr.HTML(elem_classes=["plain", "status"])
             states = gr.HTML(table([]), elem_classes="plain")
             archive = gr.DownloadButton("Download all as ZIP", interactive=False)
 
-    def restore(request: gr.Request, paths, progress=gr.Progress(), *fields_and_format):  # noqa: B008
-        *fields, file_format = fields_and_format
-        none = gr.update(value=None, interactive=False)
-        session, visitor = request.session_hash, visitor_of(desk, request)
+    def restore(request: gr.Request, paths, progress=gr.Progress(), *fields):  # noqa: B008
         try:
-            if not paths:
-                raise ValueError("Drop some photographs first.")
-            if len(paths) > MOST_FILES:
-                raise ValueError(f"{len(paths)} photographs are more than {MOST_FILES}; give them in parts")
-            settings = read_settings(*fields)
-            with at_work(desk, session) as cancel:
-                yield from restore_all(paths, settings, file_format, session, visitor, cancel, progress)
+            with job(desk, request.session_hash, "folder", paths or [], fields) as work:
+                yield from restore_all(work, paths, progress)
         except (ValueError, OSError) as error:
-            yield sentence(str(error), is_error=True), gr.update(), none
+            yield sentence(reason(error), is_error=True), gr.update(), *no_downloads([archive])
 
-    def restore_all(paths, settings, file_format, session, visitor, cancel, progress):
-        names = distinct([shown_name(Path(path).name) for path in paths])
+    def restore_all(work, paths, progress):
+        names = distinct(list(map(name_of, paths)))
         rows = [(name, "waiting", False) for name in names]
-        none = gr.update(value=None, interactive=False)
-        folder = fresh_folder(desk, session, "archive")
-        taken, kept = [], 0
-        with zipfile.ZipFile(folder / "restored.zip", "w") as archive:
+        taken = []
+        with zipfile.ZipFile(work.folder / "restored.zip", "w") as zipped:
             for index, (path, name) in enumerate(zip(paths, names, strict=True)):
-                if cancel.is_set():
+                if work.cancel.is_set():
                     rows[index] = (name, "cancelled", False)
                     continue
                 rows[index] = (name, "restoring", False)
-                yield "", table(rows), none
+                yield "", table(rows), *no_downloads([archive])
 
                 def tell(text, done, index=index, name=name):
                     progress((index + done) / len(names), f"{index + 1} of {len(names)}, {name}: {text}")
 
                 try:
-                    data, _ = opened(path)
-                    *_, written, record = restore_one(
-                        desk, name, data, settings, file_format, folder, cancel, tell
-                    )
+                    written, record, _ = restore_one(desk, work, path, name, tell)
                     *_, stored = distinct([*taken, written.name])
-                    taken.append(stored)
-                    archive.write(written, stored)
+                    zipped.write(written, stored)
                     record["output"]["name"] = stored
-                    archive.writestr(f"{stored}.json", provenance.as_json(record))
+                    zipped.writestr(f"{stored}.json", provenance.as_json(record))
                     written.unlink()
-                    kept += 1
+                    taken.append(stored)
                     rows[index] = (name, " ".join(["restored.", *record["not_kept"]]), False)
                 except CancelledError:
                     rows[index] = (name, "cancelled", False)
                 except (ValueError, OSError) as error:
-                    rows[index] = (name, str(error).removeprefix(f"{name}: "), True)
-        told = sentence(f"{kept} of {len(names)} restored." + " Cancelled." * cancel.is_set())
-        if kept:
-            desk.visitors.own(folder / "restored.zip", visitor)
-            none = gr.update(value=folder / "restored.zip", interactive=True)
-        yield told, table(rows), none
+                    rows[index] = (name, reason(error).removeprefix(f"{name}: "), True)
+        told = sentence(f"{len(taken)} of {len(names)} restored." + " Cancelled." * work.cancel.is_set())
+        download = [gr.update(value=zipped.filename, interactive=True)] if taken else no_downloads([archive])
+        yield told, table(rows), *download
 
-    buttons(
-        desk,
-        start,
-        cancel,
-        restore,
-        [files, *fields, file_format],
-        [status, states, archive],
-        status,
-        [archive],
-    )
+    connect(desk, start, cancel, restore, [files, *fields], [status, states, archive], status, [archive])
 
 
-def opened(path: str) -> tuple[bytes, str]:
-    """(bytes, name as it is shown) of an upload; ValueError where it is gone."""
-    name = shown_name(Path(path).name)
+def name_of(path: str) -> str:
+    """An upload's name as it is shown."""
+    return shown_name(Path(path).name)
+
+
+def opened(path: str) -> bytes:
+    """An upload's bytes; ValueError where it is gone."""
     try:
-        return Path(path).read_bytes(), name
+        return Path(path).read_bytes()
     except OSError:
-        raise ValueError(f"{name}: the server has it no longer; drop it again") from None
-
-
-def visitor_of(desk: Desk, request: gr.Request) -> str:
-    return desk.visitors.sessions[request.session_hash]
+        raise ValueError(f"{name_of(path)}: the server has it no longer; drop it again") from None
