@@ -191,6 +191,14 @@ def test_a_picture_is_too_large_before_it_lacks_pixels():
         read_image_uint8("a.tif", data)
 
 
+@pytest.mark.parametrize("compression", ["jpeg", "jpeg2000", "png", "webp"])
+def test_a_large_picture_in_the_place_of_a_small_one_is_not_unpacked(compression):
+    data = tiff_of(COLOURS, photometric="rgb", compression=compression)
+    data = patched(patched(data, 256, 16), 257, 16)
+    with pytest.raises(ValueError, match=r"a part of 128 x 96 pixels is larger than its place"):
+        read_image_uint8("a.tif", data)
+
+
 # --------------------------------------------------------------------------------------------------
 # EXIF data
 # --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """TIFF files: which page is the picture, its samples, and EXIF data that stay where they were."""
 
+import contextlib
 import io
 import math
 import struct
@@ -161,10 +162,28 @@ def _stored_samples(page):
         page.parent.filehandle.seek(0)  # tifffile knows neither subsampling nor the way to RGB, libtiff does
         samples = imagecodecs.tiff_decode(page.parent.filehandle.read(), index=page.index, asrgb=True)
     else:
+        _check_streams(page)
         samples = page.asarray()
     if page.axes.startswith("S"):  # planar
         samples = np.moveaxis(samples, 0, -1)
     return samples.reshape(page.imagelength, page.imagewidth, -1)
+
+
+def _check_streams(page):
+    """Raises RefusedError where a JPEG file or the like, as which parts of a page may be kept, is larger than its part.
+
+    Decoders unpack it whole. JPEG XL and JPEG XR, which Pillow does not know, are not looked into.
+    """
+    if page.compression not in tifffile.TIFF.IMAGE_COMPRESSIONS:
+        return
+    for start, count in zip(page.dataoffsets, page.databytecounts, strict=True):
+        page.parent.filehandle.seek(start)
+        head = io.BytesIO(page.parent.filehandle.read(min(count, 2**16)))
+        with contextlib.suppress(OSError, SyntaxError), Image.open(head) as image:
+            if image.width * image.height > math.prod(page.chunks):
+                raise RefusedError(
+                    f"the image is damaged (a part of {image.width} x {image.height} pixels is larger than its place)"
+                )
 
 
 def white_of(samples: np.ndarray, bits: int) -> float:
