@@ -2,13 +2,16 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,12 +20,12 @@ import skimage.data
 from PIL import Image
 
 from tests import folder_of_200
-from zipir_jax import comparison, folder, provenance
+from zipir_jax import comparison, folder, provenance, sample
 from zipir_jax.config import RestorationConfig, SamplingConfig, TargetConfig
 from zipir_jax.files import DiskFullError
 from zipir_jax.imageio import resize, to_float, write_image
 from zipir_jax.photograph import read_photograph
-from zipir_jax.restorer import PHASES
+from zipir_jax.restorer import PHASES, Restorer
 
 PICTURE = skimage.data.astronaut()[100:108, 200:210]
 SECONDS = 30  # after which a test gives up waiting
@@ -48,28 +51,29 @@ class Enlarger:
         return np.clip(resize(image, *size) + seed / 1000, -1, 1)
 
 
+def plan(place, restorer=None, samples=1, file_format="png", **fields):
+    """(run, jobs) for the folder "in" and the output folder "out" of a place."""
+    source, output = place / "in", place / "out"
+    jobs, _, _ = folder.plan_jobs(source, output, file_format, samples, fields.get("compare"))
+    run = folder.Run(
+        restorer=restorer or Enlarger(),
+        weights={"name": "none", "sha256": "0" * 64},
+        target=TargetConfig(scale=2.0),
+        restoration=RestorationConfig(),
+        seed=0,
+        memory=None,
+        compare=None,
+        prompts=dict.fromkeys(job.source for job in jobs),
+        embeddings={},
+        locks=output / folder.LOCKS,
+    )
+    return dataclasses.replace(run, **fields), jobs
+
+
 @pytest.fixture
 def work(tmp_path):
-    """`work(**fields)`: (run, jobs) for the folder "in" and the output folder "out"."""
-
-    def work(restorer=None, samples=1, file_format="png", **fields):
-        source, output = tmp_path / "in", tmp_path / "out"
-        jobs, _, _ = folder.plan_jobs(source, output, file_format, samples, fields.get("compare"))
-        run = folder.Run(
-            restorer=restorer or Enlarger(),
-            weights={"name": "none", "sha256": "0" * 64},
-            target=TargetConfig(scale=2.0),
-            restoration=RestorationConfig(),
-            seed=0,
-            memory=None,
-            compare=None,
-            prompts=dict.fromkeys(job.source for job in jobs),
-            embeddings={},
-            locks=output / folder.LOCKS,
-        )
-        return dataclasses.replace(run, **fields), jobs
-
-    return work
+    """`plan` in this test's own folder."""
+    return functools.partial(plan, tmp_path)
 
 
 @pytest.fixture
@@ -231,6 +235,8 @@ def test_a_record_tells_what_made_a_result(photographs, restore, tmp_path):
     assert found["input"] | {"format": ""} == {
         "name": "deep/a.png",
         "sha256": provenance.file_digest(source),
+        "bytes": source.stat().st_size,
+        "mtime_ns": source.stat().st_mtime_ns,
         "width": 10,
         "height": 8,
         "bits": 8,
@@ -253,25 +259,93 @@ def test_a_record_tells_what_made_a_result(photographs, restore, tmp_path):
     assert str(tmp_path) not in json.dumps(found)
 
 
-def test_a_result_never_stands_without_its_record(photographs, restore, tmp_path, monkeypatch):
-    written, replacing = [], folder.replacing
+class KilledError(BaseException):
+    """What nothing handles, as nothing handles SIGKILL."""
 
-    def failing(path):
-        written.append(path)
-        if path.name == "b.png":
-            raise ValueError("killed")  # in the moment between record and result
-        return replacing(path)
 
-    monkeypatch.setattr(folder, "replacing", failing)
-    counts = restore(compare="slider")
-    assert counts["restored"] == 4 and [failure["input"] for failure in counts["failed"]] == ["b.jpg"]
-    for first, second, third in zip(written[::3], written[1::3], written[2::3], strict=True):
-        assert first == provenance.record_path(third)
-        assert second == folder.comparison_path(third, "slider")
-    assert (tmp_path / "out" / "b.png.json").exists() and not (tmp_path / "out" / "b.png").exists()
-    monkeypatch.undo()
-    counts = restore(skip_existing=True)
-    assert (counts["restored"], counts["kept"], counts["failed"]) == (1, 4, [])
+@pytest.mark.parametrize("flags", [{"overwrite": True}, {"skip_existing": True}], ids=str)
+@pytest.mark.parametrize("moment", range(1, 10))
+def test_a_result_never_stands_beside_the_record_of_another(
+    photographs, restore, tmp_path, monkeypatch, moment, flags
+):
+    """A run that overwrites is killed as it puts one of its files in place: three of each picture."""
+    output, replace, calls = tmp_path / "out", os.replace, []
+    restore(compare="slider")
+
+    def replace_until_killed(*arguments):
+        calls.append(arguments)
+        if len(calls) >= moment:
+            raise KilledError
+        replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", replace_until_killed)
+    with pytest.raises(KilledError):
+        restore(compare="slider", seed=1, overwrite=True)
+    monkeypatch.setattr(os, "replace", replace)
+
+    def seeds():
+        pictures = [output / name for name in results(output) if name.endswith(".png")]
+        records = [provenance.read_record(path) for path in pictures]
+        made = [record["output"]["sha256"] for record in records]
+        assert made == [provenance.file_digest(path) for path in pictures]
+        return Counter(record["settings"]["seed"] for record in records)
+
+    whole, begun = divmod(moment - 1, 3)
+    assert seeds() == Counter({1: whole, 0: 4 - whole})  # that of the picture in work is gone
+    assert 4 - whole == len([path for path in output.rglob("*.png.json") if seed_of(path) == 0]) - (
+        begun == 0
+    )
+    counts = restore(compare="slider", seed=1, **flags)
+    if "overwrite" in flags:
+        assert (counts["restored"], counts["kept"], seeds()) == (5 - whole, whole, {1: 5})
+    else:  # those of the settings before are named
+        assert (counts["restored"], counts["kept"], len(counts["failed"])) == (1, whole, 4 - whole)
+        assert seeds() == Counter({1: whole + 1, 0: 4 - whole})
+
+
+def seed_of(record):
+    return json.loads(record.read_bytes())["settings"]["seed"]
+
+
+def test_a_disk_that_fills_up_leaves_the_result_and_the_record_of_before(
+    photographs, restore, tmp_path, monkeypatch
+):
+    restore()
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    def full(record):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(provenance, "as_json", full)
+    with pytest.raises(OSError):
+        restore(seed=1, overwrite=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_what_a_result_cannot_keep_is_told(tmp_path, restore, work):
+    see_through = Image.fromarray(PICTURE).convert("RGBA")
+    see_through.putalpha(100)
+    (tmp_path / "in").mkdir()
+    see_through.save(tmp_path / "in" / "a.png")
+    write_image(tmp_path / "in" / "b.png", PICTURE)
+    run, jobs = work(file_format="jpg")
+    counts = folder.restore_all(run, jobs, [])
+    reason = "transparency: JPEG files have none, and the picture is put on white"
+    assert provenance.read_record(tmp_path / "out" / "a.jpg")["not_kept"] == [reason]
+    summary = folder.write_summary(tmp_path / "out", jobs, counts, 0, [])
+    assert summary["not_kept"] == [{"input": "a.png", "output": "a.jpg", "reasons": [reason]}]
+    assert folder.summary_lines(summary)[:-1] == [f"not kept of a.png: {reason}"]
+
+
+@pytest.mark.parametrize("method", ["none", "wavelet"])
+def test_a_picture_of_a_folder_is_what_the_restorer_makes_of_it(tiny_weights, tmp_path, work, method):
+    """Enlarged and corrected in other threads, and nothing else."""
+    write_image(tmp_path / "in" / "a.png", PICTURE)
+    restorer = Restorer.load(tiny_weights)
+    restoration = RestorationConfig(SamplingConfig(steps=2), method)
+    folder.restore_all(*work(restorer=restorer, restoration=restoration), [])
+    expected = restorer.restore(PICTURE, scale=2, sampling=restoration.sampling, colour_correction=method)
+    np.testing.assert_array_equal(Image.open(tmp_path / "out" / "a.png"), expected)
 
 
 def test_samples_of_one_reading(photographs, restore, tmp_path, monkeypatch):
@@ -348,6 +422,16 @@ def test_existing_results_of_another_photograph_are_named(photographs, restore, 
     ]
 
 
+def test_an_unchanged_input_is_not_read_again(photographs, restore, monkeypatch):
+    """Its size and time of change are those that the record tells of."""
+    restore()
+    os.utime(photographs[0], ns=(0, 0))
+    hashed, digest = [], provenance.file_digest
+    monkeypatch.setattr(provenance, "file_digest", lambda path: hashed.append(path) or digest(path))
+    assert restore(skip_existing=True)["kept"] == 5
+    assert hashed == photographs[:1]
+
+
 def test_overwriting_leaves_what_would_be_the_same_file(photographs, restore, tmp_path, monkeypatch):
     output = tmp_path / "out"
     restore()
@@ -384,32 +468,54 @@ def test_a_file_in_the_place_of_a_record_is_none_and_is_kept(photographs, restor
 # --------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_regular_file_is_named_and_not_waited_for(photographs, restore, tmp_path):
-    os.mkfifo(tmp_path / "in" / "pipe.png")
-    (tmp_path / "in" / "link.png").symlink_to("nowhere")
-    (tmp_path / "in" / "loop.png").symlink_to("loop.png")
-    (tmp_path / "in" / "null.png").symlink_to("/dev/null")
-    (tmp_path / "in" / "a folder.png").mkdir()
-    (tmp_path / "in" / f"{'x' * 246}.png").write_bytes(photographs[0].read_bytes())
-    counts = restore()
-    assert counts["restored"] == 5
-    assert {failure["input"][:8]: failure["reason"] for failure in counts["failed"]} == {
-        "link.png": "a link to nothing",
-        "loop.png": "a link to nothing",
-        "null.png": "not a regular file",
-        "pipe.png": "not a regular file",
-        "xxxxxxxx": "its name is 10 bytes too long for a result and its record",
-    }
-
-
-def test_every_broken_file_is_named_and_every_good_one_restored(work, stopped, tmp_path):
-    """tests/folder_of_200.py, smaller, and with a restorer that only enlarges."""
+def test_every_broken_file_is_named_and_every_good_one_restored(call, tiny_weights, tmp_path):
+    """tests/folder_of_200.py, smaller: all that is broken, and one of each that is not."""
     good, broken = folder_of_200.write_folder(tmp_path / "in", 90)
-    run, jobs = work(target=TargetConfig(scale=1.0))
-    counts = folder.restore_all(run, jobs, stopped)
-    folder.write_summary(tmp_path / "out", jobs, counts, 0, [])
-    assert folder_of_200.problems_of(counts, good, broken, tmp_path / "out") == []
-    assert counts["restored"] == len(good) and len(broken) >= 40
+    options = "--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", tiny_weights
+    status, out, _ = call(sample.main, *options, "--long-side", folder_of_200.SIDES[1], "--steps", 1)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_bytes())
+    assert folder_of_200.problems_of(summary, good, broken, tmp_path / "out") == []
+    assert (status, summary["restored"], summary["ignored"]) == (1, len(good), 1)
+    assert f"restored {len(good)}, kept 0, made by others 0, failed {len(broken)}; " in out
+    reasons = {Path(failure["input"]).name: failure["reason"] for failure in summary["failed"]}
+    for name, reason in {
+        "link to nothing.png": "a link to nothing",
+        "link in a circle.png": "a link to nothing",
+        "link to a device.png": "not a regular file",
+        "pipe.png": "not a regular file",
+        "socket.png": "not a regular file",
+        f"{'x' * 246}.png": "its name is 10 bytes too long for a result and its record",
+    }.items():
+        assert reasons[name] == reason
+
+
+CRASHING = """
+import os, sys
+from pathlib import Path
+import zipir_jax.restorer
+from tests import test_folder
+from zipir_jax import folder
+def read(path, data):
+    if path.name == "b.jpg":
+        os.abort()
+    return test_folder.read_photograph(path, data)
+folder.read_photograph = read
+run, jobs = test_folder.plan(Path(sys.argv[1]))
+folder.restore_all(run, jobs, [])
+"""
+
+
+def test_a_photograph_at_which_two_processes_crashed_is_named(photographs, work, restore, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", CRASHING, tmp_path]
+    ends = [subprocess.run(command, stderr=subprocess.DEVNULL).returncode for _ in range(2)]
+    assert ends == [-signal.SIGABRT] * 2
+    counts = restore(skip_existing=True)
+    reason = "reading it ended the program 2 times; it is tried again once .zipir_jax is deleted"
+    assert counts["failed"] == [{"input": "b.jpg", "output": "b.png", "reason": reason}]
+    assert counts["restored"] + counts["kept"] == 4
+    write_image(photographs[1], PICTURE[::-1])  # another file of that name is another chance
+    assert restore(skip_existing=True)["restored"] == 1
+    assert not (tmp_path / "out" / folder.LOCKS).exists()
 
 
 def test_names_that_are_no_text(tmp_path, restore):

@@ -44,7 +44,9 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def _refusal(error):
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or isinstance(
+        error, DiskFullError
+    )
     return DiskFullError if is_full else ValueError
 
 
