@@ -188,6 +188,14 @@ def test_the_same_format_where_it_can_be_written(tmp_path):
     assert made == {"a.jpg": ["a.jpg"], "b.JPEG": ["b.JPEG"], "c.bmp": ["c.png"], "d.tif": ["d.tif"]}
 
 
+def test_a_format_that_cannot_be_written_here_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delitem(folder.OUTPUT_FORMATS, ".heic")
+    touch(tmp_path / "in" / "a.png")
+    for source in (tmp_path / "in", tmp_path / "in" / "a.png"):
+        with pytest.raises(ValueError, match=r"a\.heic: .* pillow-heif, which is not installed"):
+            folder.plan_jobs(source, tmp_path / "out", "heic")
+
+
 def test_the_format_of_an_output_file_follows_from_its_name(tmp_path):
     touch(tmp_path / "a.png")
     for output, expected in [("b.webp", "b.webp"), ("new", "new/a.jpg")]:
@@ -471,11 +479,12 @@ def test_every_broken_file_is_named_and_every_good_one_restored(call, tiny_weigh
     """tests/folder_of_200.py, smaller: all that is broken, and one of each that is not."""
     good, broken = folder_of_200.write_folder(tmp_path / "in", 90)
     options = "--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", tiny_weights
-    status, out, _ = call(sample.main, *options, "--long-side", folder_of_200.SIDES[1], "--steps", 1)
+    status, out, err = call(sample.main, *options, *folder_of_200.OPTIONS)
     summary = json.loads((tmp_path / "out" / "summary.json").read_bytes())
     assert folder_of_200.problems_of(summary, good, broken, tmp_path / "out") == []
     assert (status, summary["restored"], summary["ignored"]) == (1, len(good), 1)
     assert f"restored {len(good)}, kept 0, made by others 0, failed {len(broken)}; " in out
+    assert f"failed: {tmp_path / 'in' / 'broken' / '0' / 'empty.png'}: " in err
     reasons = {Path(failure["input"]).name: failure["reason"] for failure in summary["failed"]}
     for name, reason in {
         "link to nothing.png": "a link to nothing",
@@ -722,6 +731,20 @@ def test_what_others_hold_to_the_end_is_theirs(photographs, work, stopped, monke
     assert (counts["restored"], counts["made_by_others"], counts["kept"]) == (4, 1, 0)
 
 
+def test_what_another_process_made_after_all_is_no_failure(photographs, work):
+    run, jobs = work(skip_existing=True)
+    other = dataclasses.replace(run, restorer=Enlarger(), locks=None)
+
+    def fail_at_the_last(number):
+        if number == 5:
+            folder.restore_all(other, jobs[-1:], [])  # its device has more memory, say
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    run = dataclasses.replace(run, restorer=Enlarger(fail_at_the_last))
+    counts = folder.restore_all(run, jobs, [])
+    assert (counts["restored"], counts["made_by_others"], counts["failed"]) == (4, 1, [])
+
+
 # --------------------------------------------------------------------------------------------------
 # The summary
 # --------------------------------------------------------------------------------------------------
@@ -729,22 +752,27 @@ def test_what_others_hold_to_the_end_is_theirs(photographs, work, stopped, monke
 
 def test_the_summary_counts_what_stands_in_the_folder(photographs, work, tmp_path):
     (tmp_path / "in" / "broken.png").write_text("no picture")
-    (tmp_path / "in" / "notes.txt").write_text("no picture")
     output = tmp_path / "out"
     run, jobs = work(skip_existing=True)
-    folder.restore_all(run, jobs[:2], [])  # by another process, say
+    first = folder.restore_all(run, jobs[:2], [])
+    folder.write_summary(output, jobs[:2], first, 0, [])
     counts = folder.restore_all(run, jobs, [])
     folder.check_summary(output)
     summary = folder.write_summary(output, jobs, counts, 1, [])
     folder.check_summary(output)
     assert summary == json.loads((output / "summary.json").read_bytes())
     assert (summary["restored"], summary["kept"], summary["ignored"]) == (3, 2, 1)
-    assert summary["folder"]["expected"] == 6 and summary["folder"]["done"] == 5
+    numbers = {name: summary["folder"][name] for name in ("expected", "done", "restored")}
+    assert numbers == {"expected": 6, "done": 5, "restored": 3}
     assert list(summary["folder"]["seconds"]) == ["read", "encode", "denoise", "decode", "write"]
     lines = folder.summary_lines(summary)
     assert lines[0] == "failed: broken.png: not an image that can be read"
     assert lines[1].startswith("restored 3, kept 2, made by others 0, failed 1; ") and len(lines) == 2
     assert str(tmp_path) not in json.dumps(summary)
+    # The same two processes, had they run at the same time.
+    folder.write_summary(output, jobs[:2], first | {"ended": counts["ended"]}, 0, [])
+    together = folder.write_summary(output, jobs, counts, 1, [])["folder"]
+    assert (together["started"], together["restored"]) == (first["started"], 5)
     (output / "summary.json").write_text('{"of": "somebody else"}')
     with pytest.raises(ValueError, match=r"summary\.json: is no summary of restored photographs"):
         folder.check_summary(output)
