@@ -653,7 +653,7 @@ def write_output(
     record["input"] |= taken.source
     contents = {output: encoded.getbuffer()}
     if run.compare is not None:
-        contents[job.comparisons[index]] = _comparison(run, job, index, photograph, result)
+        contents[job.comparisons[index]] = _comparison(run, job, index, taken.enlarged, result.pixels)
     contents[provenance.record_path(output)] = provenance.as_json(record)
     with contextlib.ExitStack() as stack:
         for path, content in contents.items():
@@ -666,12 +666,12 @@ def write_output(
     return not_kept
 
 
-def _comparison(run, job, index, photograph, result):
+def _comparison(run, job, index, before, after):
     """The bytes of its file."""
     if run.compare == "slider":
-        return comparison.slider_html(photograph.pixels, result.pixels, job.name).encode()
+        return comparison.slider_html(before, after, job.name).encode()
     encoded = io.BytesIO()
-    both = Photograph(comparison.side_by_side(photograph.pixels, result.pixels))
+    both = Photograph(comparison.side_by_side(before, after))
     write_photograph(encoded, both, output_format(job.comparisons[index]))
     return encoded.getbuffer()
 
