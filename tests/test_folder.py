@@ -715,6 +715,18 @@ def test_the_claim_of_a_killed_process_is_taken_over(photographs, work, stopped,
     process.stdout.close()
 
 
+def test_what_a_killed_process_left_is_removed(photographs, restore, work, tmp_path):
+    """Its claims, and its files that had not taken their places: of a picture that it had not made, and of one."""
+    output = tmp_path / "out"
+    run, jobs = work(skip_existing=True)
+    folder.restore_all(run, jobs[1:], [])
+    left = [output / ".a.png.0123abcd", output / ".a.png.json.0123abcd", output / ".b.png.json.ffffffff"]
+    touch(*left, *(folder._lock_file(run.locks, job) for job in jobs[:2]))
+    counts = restore(skip_existing=True)
+    assert (counts["restored"], counts["kept"]) == (1, 4)
+    assert list(output.rglob(".*")) == []
+
+
 def test_what_others_hold_to_the_end_is_theirs(photographs, work, stopped, monkeypatch):
     monkeypatch.setattr(folder, "POLL", 0.01)
     run, jobs = work(skip_existing=True)

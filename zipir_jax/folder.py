@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from zipir_jax import comparison, provenance
 from zipir_jax.colour import correct_colour
 from zipir_jax.config import RestorationConfig, TargetConfig
-from zipir_jax.files import DiskFullError, check_replaceable, check_writable, replacing
+from zipir_jax.files import DiskFullError, check_replaceable, check_writable, remove_unfinished, replacing
 from zipir_jax.imageio import IMAGE_SUFFIXES, distinct_names, resize, upright_size
 from zipir_jax.photograph import (
     OUTPUT_FORMATS,
@@ -439,11 +439,16 @@ def _take(run, job, before):
             settled = _settled(run, job, before)
     except (ValueError, OSError) as error:
         return _failed(job, error)
-    if len(settled) == len(job.outputs):
+    was_claimed = run.locks is not None and _lock_file(run.locks, job).exists()
+    if len(settled) == len(job.outputs) and not was_claimed:
         return Taken(job, settled)
     if run.locks is not None and (lock := _claim(run.locks, job)) is None:
         return None
     try:
+        if was_claimed:  # by a process that was killed, as a release removes the file
+            for path in (*job.outputs, *job.comparisons):
+                remove_unfinished(path)
+                remove_unfinished(provenance.record_path(path))
         # Again: another process may have made it between the look and the claim.
         settled = _settled(run, job, before)
         if len(settled) == len(job.outputs):
@@ -529,11 +534,14 @@ def target_of(run: Run, size: tuple[int, int]) -> tuple[int, int]:
     return target_pixels(run.target, size)
 
 
+def _lock_file(locks, job):
+    return locks / f"{hashlib.sha256(os.fsencode(job.name)).hexdigest()[:32]}.lock"
+
+
 def _claim(locks, job):
     """A lock that this process holds, or None where another does."""
-    name = hashlib.sha256(os.fsencode(job.name)).hexdigest()[:32]
     # Without flock a lock would be a file that a killed process leaves behind for good.
-    lock = FileLock(locks / f"{name}.lock", thread_local=False, fallback_to_soft=False)
+    lock = FileLock(_lock_file(locks, job), thread_local=False, fallback_to_soft=False)
     while True:
         try:
             locks.mkdir(parents=True, exist_ok=True)
