@@ -272,7 +272,7 @@ class KilledError(BaseException):
 
 
 @pytest.mark.parametrize("flags", [{"overwrite": True}, {"skip_existing": True}], ids=str)
-@pytest.mark.parametrize("moment", range(1, 10))
+@pytest.mark.parametrize("moment", range(1, 7))
 def test_a_result_never_stands_beside_the_record_of_another(
     photographs, restore, tmp_path, monkeypatch, moment, flags
 ):

@@ -290,9 +290,8 @@ def restore_all(
         counts[kind] += 1
         if kind == "failed":
             # The summary does not say where the folders lie.
-            reason = reason.removeprefix(f"{job.source}: ").replace(
-                f"{job.outputs[index].parent}{os.sep}", ""
-            )
+            folder = job.outputs[index].parent
+            reason = reason.removeprefix(f"{job.source}: ").replace(f"{folder}{os.sep}", "")
             failed.append((job, index, reason))
             complain(f"{job.source}: {reason}")
         tell(job.name, counts.total(), "")
@@ -388,7 +387,7 @@ def restore_all(
     if run.locks is not None:
         with contextlib.suppress(OSError):  # where others hold some
             run.locks.rmdir()
-    remaining = [(*each, reason) for *each, reason in failed if not _made_meanwhile(run, *each, before)]
+    remaining = [each for each in failed if not _made_meanwhile(run, *each[:2], before)]
     seconds = time.monotonic() - start
     return {
         "restored": counts["restored"],
@@ -446,9 +445,8 @@ def _take(run, job, before):
         return None
     try:
         if was_claimed:  # by a process that was killed, as a release removes the file
-            for path in (*job.outputs, *job.comparisons):
+            for path in (*job.outputs, *job.comparisons, *map(provenance.record_path, job.outputs)):
                 remove_unfinished(path)
-                remove_unfinished(provenance.record_path(path))
         # Again: another process may have made it between the look and the claim.
         settled = _settled(run, job, before)
         if len(settled) == len(job.outputs):
