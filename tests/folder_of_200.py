@@ -305,7 +305,7 @@ def problems_of(summary: dict, good: set[str], broken: set[str], output: Path) -
         problems.append(f"{len(records)} records of {len(made)} results")
     for name in made:
         record = provenance.read_record(output / name)
-        if record and record["output"]["sha256"] != provenance.file_digest(output / name):
+        if record is None or record["output"]["sha256"] != provenance.file_digest(output / name):
             problems.append(f"{name!r} is not what its record tells of")
     counted = {"expected": len(good) + len(broken), "done": len(good)}
     for name, number in counted.items():
