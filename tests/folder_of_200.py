@@ -1,10 +1,11 @@
-"""Restore a folder of 200 small files of all kinds, of which more than 40 are broken; kill that, resume it, compare.
+"""Restore a folder of 200 files of all kinds, of which 50 are broken; kill that, resume it, compare.
 
 python tests/folder_of_200.py [--files 200] [--kills 10] [--processes 1 3] [--seed 0]
 
-First a run that is left alone: every broken file must be named with its reason, every good one restored, and memory
-bounded. Then, for each number of processes that share the folder, runs that are killed with SIGKILL at random moments
-and resumed with --skip-existing: no result is ever touched again, and all are those of the first run, byte for byte.
+First runs that are left alone: every broken file must be named with its reason, every good one restored, and memory the
+same for 50 files as for all of them, with photographs of 12 megapixels among both. Then, for each number of processes
+that share the folder, runs that are killed with SIGKILL at random moments, at work, and resumed with --skip-existing:
+nothing is restored to its end twice, and all results are those of the first run, byte for byte.
 """
 
 import argparse
@@ -12,35 +13,43 @@ import io
 import json
 import os
 import random
-import signal
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
-import psutil
+import pillow_heif
 import skimage.data
 from PIL import Image, ImageCms, features
 
-ROOT = Path(__file__).parents[1]
+from zipir_jax import provenance
+
 TIMEOUT = 900  # seconds for a run
-# Pixels; with --scale 1 the networks see 128 x 128 of all of them: one program is compiled.
-SIDES = (33, 64)
+SIDES = (33, 64)  # pixels
+# The networks see 128 x 128 pixels of all of them: one program is compiled.
+OPTIONS = ("--long-side", "64", "--steps", "1")
+LARGE = (3000, 4000)  # pixels of the photographs that memory is judged by
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "TIFF": ".tif", "BMP": ".bmp", "GIF": ".gif"}
 if features.check("avif"):
     SUFFIXES["AVIF"] = ".avif"
+SUFFIXES["HEIF"] = ".heic"
 
 
 def encoded(image: Image.Image, file_format: str, **options) -> bytes:
     file = io.BytesIO()
-    image.save(file, file_format, **options)
+    if file_format == "HEIF":
+        pillow_heif.from_pillow(image).save(file, **options)
+    else:
+        image.save(file, file_format, **options)
     return file.getvalue()
 
 
@@ -100,6 +109,8 @@ def good_files(rng: random.Random) -> dict[str, bytes]:
         "lossless alpha.webp": encoded(alpha, "WEBP", lossless=True),
         "one pixel.png": encoded(image.crop((0, 0, 1, 1)), "PNG"),
         "line.png": encoded(image.resize((64, 1)), "PNG"),
+        "wide.png": encoded(Image.new("RGB", (20_000, 2)), "PNG"),
+        "tall.jpg": encoded(Image.new("RGB", (2, 20_000)), "JPEG"),
         "line\nbreak.png": png,
         os.fsdecode(b"no \xff\xfe text.png"): png,
         "größe.png": png,
@@ -163,8 +174,6 @@ def broken_files(rng: random.Random) -> dict[str, bytes | Callable[[Path], objec
         "animated.webp": encoded(image, "WEBP", **frames),
         "animated.png": encoded(image, "PNG", **frames),
         "pages.tif": encoded(image, "TIFF", **frames),
-        "wide.png": encoded(Image.new("RGB", (20_000, 2)), "PNG"),
-        "tall.jpg": encoded(Image.new("RGB", (2, 20_000)), "JPEG"),
         "half a header.jpg": jpeg[:2],
         "link to nothing.png": lambda path: path.symlink_to("nowhere"),
         "link in a circle.png": lambda path: path.symlink_to(path.name),
@@ -180,11 +189,14 @@ def broken_files(rng: random.Random) -> dict[str, bytes | Callable[[Path], objec
     }
 
 
-def write_folder(folder: Path, files: int, seed: int = 0) -> tuple[set[str], set[str]]:
-    """The names, below the folder, of what can be restored and of what cannot."""
+def write_folder(
+    folder: Path, files: int, seed: int = 0, large: int = 0, with_broken: bool = True
+) -> tuple[set[str], set[str]]:
+    """The names, below the folder, of what can be restored and of what cannot. large: photographs of 12 megapixels."""
     rng = random.Random(seed)
-    broken = broken_files(rng)
-    contents, number = {}, 0
+    broken = broken_files(rng) if with_broken else {}
+    photograph = encoded(crop(rng).resize(LARGE[::-1]), "JPEG")
+    contents, number = {f"large/{i}.jpg": photograph for i in range(large)}, 0
     while len(contents) < files - len(broken):
         for name, data in good_files(rng).items():
             place = ("", f"{number}/", f"{number}.jpg/deep/")[
@@ -210,23 +222,47 @@ def write_folder(folder: Path, files: int, seed: int = 0) -> tuple[set[str], set
 # Runs
 # --------------------------------------------------------------------------------------------------
 
+# The command line; each photograph that is begun with, and each that is done, is a line in a file.
+WORKER = """
+import json, os, sys
+from zipir_jax import folder, sample
+from zipir_jax.command_line import run
+
+log = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+def note(what, job):
+    os.write(log, (json.dumps([os.getpid(), what, job.name]) + chr(10)).encode())
+
+read, write = folder._read, folder.write_output
+
+def read_and_note(run, job, *more):
+    note("begun", job)
+    return read(run, job, *more)
+
+def write_and_note(run, taken, *more):
+    written = write(run, taken, *more)
+    note("done", taken.job)
+    return written
+
+folder._read, folder.write_output = read_and_note, write_and_note
+run(sample.main)
+"""
+
 
 def start(source: Path, output: Path, *more: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "zipir_jax.sample",
-        "--input",
-        source,
-        "--output",
-        output,
-        "--scale",
-        "1",
-    ]
-    with (output.parent / f"{output.name}.log").open("ab") as log:
-        return subprocess.Popen(
-            [*map(str, command), "--steps", "1", *map(str, more)], cwd=ROOT, stdout=log, stderr=log
-        )
+    command = [sys.executable, "-c", WORKER, log_of(output), "--input", source, "--output", output, *OPTIONS]
+    with (output.parent / f"{output.name}.err").open("ab") as errors:
+        return subprocess.Popen([*map(str, command), *more], stdout=errors, stderr=errors)
+
+
+def log_of(output: Path) -> Path:
+    return output.parent / f"{output.name}.log"
+
+
+def noted(output: Path) -> list[tuple[int, str, str]]:
+    """(process, "begun" or "done", name of the photograph), in this order in time."""
+    log = log_of(output)
+    return [tuple(json.loads(line)) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def results(output: Path) -> dict[str, tuple[int, int]]:
@@ -239,23 +275,22 @@ def results(output: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def left_alone(source: Path, output: Path, *more: str) -> tuple[dict, int]:
-    """The summary of a run, and the most memory in bytes that it had."""
-    running = start(source, output, *more)
-    most, deadline = 0, time.monotonic() + TIMEOUT
-    while running.poll() is None:
-        try:
-            most = max(most, psutil.Process(running.pid).memory_info().rss)
-        except psutil.Error:
-            break
-        if time.monotonic() > deadline:
-            running.kill()
-            raise TimeoutError(f"the run did not end in {TIMEOUT} s")
-        time.sleep(0.2)
-    if running.wait() not in (0, 1) or not (output / "summary.json").is_file():
-        log = (output.parent / f"{output.name}.log").read_text(errors="replace")
-        raise RuntimeError(f"exit status {running.returncode}: {log[-5000:]}")
-    return json.loads((output / "summary.json").read_bytes()), most
+def summary_of(output: Path) -> dict:
+    return json.loads((output / "summary.json").read_bytes())
+
+
+def left_alone(source: Path, output: Path) -> tuple[int, int]:
+    """The exit status of a run, and the most memory in bytes that it had."""
+    running = start(source, output)
+    deadline = threading.Timer(TIMEOUT, running.kill)
+    deadline.start()
+    _, status, usage = os.wait4(running.pid, 0)
+    deadline.cancel()
+    running.returncode = os.waitstatus_to_exitcode(status)
+    if running.returncode not in (0, 1):
+        errors = (output.parent / f"{output.name}.err").read_text(errors="replace")
+        raise RuntimeError(f"exit status {running.returncode}: {errors[-5000:]}")
+    return running.returncode, usage.ru_maxrss * 1024
 
 
 def problems_of(summary: dict, good: set[str], broken: set[str], output: Path) -> list[str]:
@@ -264,25 +299,35 @@ def problems_of(summary: dict, good: set[str], broken: set[str], output: Path) -
     problems = [f"{name!r} is not named" for name in sorted(broken - failed.keys())]
     problems += [f"{name!r}: {failed[name]}" for name in sorted(good & failed.keys())]
     problems += [f"{name!r} fails without a reason" for name, reason in failed.items() if len(reason) < 8]
-    if len(results(output)) != len(good):
-        problems.append(f"{len(results(output))} results of {len(good)} good files")
-    records = [path for path in output.rglob("*.json") if path.name != "summary.json"]
-    if len(records) != len(good):
-        problems.append(f"{len(records)} records of {len(good)} good files")
+    made = results(output)
+    records = {path.relative_to(output).as_posix() for path in output.rglob("*.json")} - {"summary.json"}
+    if records != {f"{name}.json" for name in made}:
+        problems.append(f"{len(records)} records of {len(made)} results")
+    for name in made:
+        record = provenance.read_record(output / name)
+        if record is None or record["output"]["sha256"] != provenance.file_digest(output / name):
+            problems.append(f"{name!r} is not what its record tells of")
+    counted = {"expected": len(good) + len(broken), "done": len(good)}
+    for name, number in counted.items():
+        if summary["folder"][name] != number:
+            problems.append(f"{name} {summary['folder'][name]} instead of {number}")
+    if len(made) != len(good):
+        problems.append(f"{len(made)} results of {len(good)} good files")
     return problems + [f"{path} was left" for path in output.rglob(".*")]
 
 
 def killed_and_resumed(
-    source: Path, output: Path, reference: Path, kills: int, processes: int, rng: random.Random, *more: str
+    source: Path, output: Path, good: set[str], broken: set[str], kills: int, processes: int, seed: int
 ) -> list[str]:
-    """What is wrong with runs that are killed `kills` times at random moments and then left alone, in sentences."""
-    problems, seen, moments = [], {}, []
+    """What is wrong with runs that are killed `kills` times and then left alone, in sentences; see `main`."""
+    rng, problems, seen, moments = random.Random(seed), [], {}, []
+    reference = output.parent / "alone"
 
     def look():
         now = results(output)
         problems.extend(f"{name!r} was lost" for name in seen.keys() - now.keys())
         problems.extend(
-            f"{name!r} was made twice" for name in seen.keys() & now.keys() if seen[name] != now[name]
+            f"{name!r} was replaced" for name in seen.keys() & now.keys() if seen[name] != now[name]
         )
         for name in now.keys() - seen.keys():
             if (output / name).read_bytes() != (reference / name).read_bytes():
@@ -291,29 +336,42 @@ def killed_and_resumed(
                 problems.append(f"{name!r} has no record")
         seen.update(now)
 
-    for _ in range(kills):
-        running = [start(source, output, "--skip-existing", *more) for _ in range(processes)]
-        count, deadline = len(seen), time.monotonic() + TIMEOUT
-        while len(results(output)) == count and time.monotonic() < deadline:  # until it has started to work
-            if all(process.poll() is not None for process in running):
-                break
+    def done():
+        return sum(what == "done" for _, what, _ in noted(output))
+
+    for kill in range(kills):
+        running = [start(source, output, "--skip-existing") for _ in range(processes)]
+        left, shares = len(good) - len(seen), kills - kill + 1
+        until = done() + rng.randint(1, max(1, min(2 * left // shares, left - 4 * processes) - 1))
+        deadline = time.monotonic() + TIMEOUT
+        while done() < until and time.monotonic() < deadline:
             time.sleep(0.01)
-        pause = rng.uniform(0, 3)
-        time.sleep(pause)
-        for process in running:
-            process.send_signal(signal.SIGKILL)
+        time.sleep(rng.uniform(0, 0.5))  # so that it may be in the middle of anything
+        alive = [process for process in running if process.poll() is None]
+        for process in alive:
+            process.kill()
         for process in running:
             process.wait()
+        begun, ended = (
+            {(pid, name) for pid, what, name in noted(output) if what == kind and name in good}
+            for kind in ("begun", "done")
+        )
+        at_work = {pid for pid, _ in begun - ended} & {process.pid for process in alive}
+        if not at_work:
+            problems.append(f"kill {kill + 1} met nobody at work")
         look()
-        moments.append(len(seen))
-    print(f"  results after each kill: {moments}", flush=True)
-    running = [start(source, output, "--skip-existing", *more) for _ in range(processes)]
-    for process in running:
-        process.wait(TIMEOUT)
+        moments.append((len(seen), len(at_work)))
+    print(f"  results after each kill, and killed processes that were at work: {moments}", flush=True)
+    running = [start(source, output, "--skip-existing") for _ in range(processes)]
+    problems += [f"exit status {status}" for process in running if (status := process.wait(TIMEOUT)) != 1]
+    before = len(seen)
     look()
-    if results(output).keys() != results(reference).keys():
-        problems.append(f"{len(results(output))} results instead of {len(results(reference))}")
-    return problems
+    names = Counter(name for _, what, name in noted(output) if what == "done")
+    problems += [f"{name!r} was restored {count} times" for name, count in names.items() if count > 1]
+    summary = summary_of(output)
+    if summary["folder"]["restored"] != len(seen) - before:
+        problems.append(f"{summary['folder']['restored']} restored instead of {len(seen) - before}")
+    return problems + problems_of(summary, good, broken, output)
 
 
 def main() -> int:
@@ -328,22 +386,38 @@ def main() -> int:
     problems = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        good, broken = write_folder(folder / "in", options.files, options.seed)
+        write_folder(folder / "few", 50, options.seed, large=4, with_broken=False)
+        status, of_few = left_alone(folder / "few", folder / "of few")
+        if (status, summary_of(folder / "of few")["restored"]) != (0, 50):
+            problems.append("not all of 50 good files are restored")
+        good, broken = write_folder(folder / "in", options.files, options.seed, large=16)
         print(f"{len(good)} good files, {len(broken)} broken ones", flush=True)
-        summary, most = left_alone(folder / "in", folder / "alone")
+        status, of_all = left_alone(folder / "in", folder / "alone")
+        summary = summary_of(folder / "alone")
         for failure in summary["failed"]:
             print(f"  {failure['input']!r}: {failure['reason']}")
         problems += problems_of(summary, good, broken, folder / "alone")
+        if status != 1:
+            problems.append(f"exit status {status}")
         print(
-            f"restored {summary['restored']}, failed {len(summary['failed'])} in {summary['seconds']} s, "
-            f"{most / 2**20:.0f} MiB of memory at most; seconds of phases: {summary['folder']['seconds']}",
+            f"restored {summary['restored']}, failed {len(summary['failed'])} in {summary['seconds']} s; "
+            f"seconds of phases: {summary['folder']['seconds']}\n"
+            f"memory at most: {of_few / 2**20:.0f} MiB for 50 files, 4 of them large; {of_all / 2**20:.0f} MiB for "
+            f"{options.files}, 16 of them large",
             flush=True,
         )
+        if of_all > of_few + LARGE[0] * LARGE[1] * 3 * 4:  # one of them in float32
+            problems.append("memory grows with the number of files")
         for processes in options.processes:
             print(f"{options.kills} kills of {processes} at once", flush=True)
-            output, rng = folder / f"killed{processes}", random.Random(options.seed)
             problems += killed_and_resumed(
-                folder / "in", output, folder / "alone", options.kills, processes, rng
+                folder / "in",
+                folder / f"killed{processes}",
+                good,
+                broken,
+                options.kills,
+                processes,
+                options.seed,
             )
     print(*problems, f"{len(problems)} problems", sep="\n")
     return int(bool(problems))

@@ -2,13 +2,16 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,12 +20,12 @@ import skimage.data
 from PIL import Image
 
 from tests import folder_of_200
-from zipir_jax import comparison, folder, provenance
+from zipir_jax import comparison, folder, provenance, sample
 from zipir_jax.config import RestorationConfig, SamplingConfig, TargetConfig
 from zipir_jax.files import DiskFullError
 from zipir_jax.imageio import resize, to_float
 from zipir_jax.photograph import read_photograph, write_image
-from zipir_jax.restorer import PHASES
+from zipir_jax.restorer import PHASES, Restorer
 
 PICTURE = skimage.data.astronaut()[100:108, 200:210]
 SECONDS = 30  # after which a test gives up waiting
@@ -48,28 +51,29 @@ class Enlarger:
         return np.clip(resize(image, *size) + seed / 1000, -1, 1)
 
 
+def plan(place, restorer=None, samples=1, file_format="png", **fields):
+    """(run, jobs) for the folder "in" and the output folder "out" of a place."""
+    source, output = place / "in", place / "out"
+    jobs, _, _ = folder.plan_jobs(source, output, file_format, samples, fields.get("compare"))
+    run = folder.Run(
+        restorer=restorer or Enlarger(),
+        weights={"name": "none", "sha256": "0" * 64},
+        target=TargetConfig(scale=2.0),
+        restoration=RestorationConfig(),
+        seed=0,
+        memory=None,
+        compare=None,
+        prompts=dict.fromkeys(job.source for job in jobs),
+        embeddings={},
+        locks=output / folder.LOCKS,
+    )
+    return dataclasses.replace(run, **fields), jobs
+
+
 @pytest.fixture
 def work(tmp_path):
-    """`work(**fields)`: (run, jobs) for the folder "in" and the output folder "out"."""
-
-    def work(restorer=None, samples=1, file_format="png", **fields):
-        source, output = tmp_path / "in", tmp_path / "out"
-        jobs, _, _ = folder.plan_jobs(source, output, file_format, samples, fields.get("compare"))
-        run = folder.Run(
-            restorer=restorer or Enlarger(),
-            weights={"name": "none", "sha256": "0" * 64},
-            target=TargetConfig(scale=2.0),
-            restoration=RestorationConfig(),
-            seed=0,
-            memory=None,
-            compare=None,
-            prompts=dict.fromkeys(job.source for job in jobs),
-            embeddings={},
-            locks=output / folder.LOCKS,
-        )
-        return dataclasses.replace(run, **fields), jobs
-
-    return work
+    """`plan` in this test's own folder."""
+    return functools.partial(plan, tmp_path)
 
 
 @pytest.fixture
@@ -184,6 +188,14 @@ def test_the_same_format_where_it_can_be_written(tmp_path):
     assert made == {"a.jpg": ["a.jpg"], "b.JPEG": ["b.JPEG"], "c.bmp": ["c.png"], "d.tif": ["d.tif"]}
 
 
+def test_a_format_that_cannot_be_written_here_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delitem(folder.OUTPUT_FORMATS, ".heic")
+    touch(tmp_path / "in" / "a.png")
+    for source in (tmp_path / "in", tmp_path / "in" / "a.png"):
+        with pytest.raises(ValueError, match=r"a\.heic: .* pillow-heif, which is not installed"):
+            folder.plan_jobs(source, tmp_path / "out", "heic")
+
+
 def test_the_format_of_an_output_file_follows_from_its_name(tmp_path):
     touch(tmp_path / "a.png")
     for output, expected in [("b.webp", "b.webp"), ("new", "new/a.jpg")]:
@@ -231,6 +243,8 @@ def test_a_record_tells_what_made_a_result(photographs, restore, tmp_path):
     assert found["input"] | {"format": ""} == {
         "name": "deep/a.png",
         "sha256": provenance.file_digest(source),
+        "bytes": source.stat().st_size,
+        "mtime_ns": source.stat().st_mtime_ns,
         "width": 10,
         "height": 8,
         "bits": 8,
@@ -253,25 +267,91 @@ def test_a_record_tells_what_made_a_result(photographs, restore, tmp_path):
     assert str(tmp_path) not in json.dumps(found)
 
 
-def test_a_result_never_stands_without_its_record(photographs, restore, tmp_path, monkeypatch):
-    written, replacing = [], folder.replacing
+class KilledError(BaseException):
+    """What nothing handles, as nothing handles SIGKILL."""
 
-    def failing(path):
-        written.append(path)
-        if path.name == "b.png":
-            raise ValueError("killed")  # in the moment between record and result
+
+@pytest.mark.parametrize("flags", [{"overwrite": True}, {"skip_existing": True}], ids=str)
+@pytest.mark.parametrize("moment", range(1, 7))
+def test_a_result_never_stands_beside_the_record_of_another(
+    photographs, restore, tmp_path, monkeypatch, moment, flags
+):
+    """A run that overwrites is killed as it puts one of its files in place: three of each picture."""
+    output, replace, calls = tmp_path / "out", os.replace, []
+    restore(compare="slider")
+
+    def replace_until_killed(*arguments):
+        calls.append(arguments)
+        if len(calls) >= moment:
+            raise KilledError
+        replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", replace_until_killed)
+    with pytest.raises(KilledError):
+        restore(compare="slider", seed=1, overwrite=True)
+    monkeypatch.setattr(os, "replace", replace)
+
+    def seeds():
+        pictures = [output / name for name in results(output) if name.endswith(".png")]
+        records = [provenance.read_record(path) for path in pictures]
+        made = [record["output"]["sha256"] for record in records]
+        assert made == [provenance.file_digest(path) for path in pictures]
+        return Counter(record["settings"]["seed"] for record in records)
+
+    whole = (moment - 1) // 3
+    assert seeds() == Counter({1: whole, 0: 4 - whole})  # that of the picture in work is gone
+    counts = restore(compare="slider", seed=1, **flags)
+    if "overwrite" in flags:
+        assert (counts["restored"], counts["kept"], seeds()) == (5 - whole, whole, {1: 5})
+    else:  # those of the settings before are named
+        assert (counts["restored"], counts["kept"], len(counts["failed"])) == (1, whole, 4 - whole)
+        assert seeds() == Counter({1: whole + 1, 0: 4 - whole})
+
+
+def test_a_disk_that_fills_up_leaves_the_result_and_the_record_of_before(
+    photographs, restore, tmp_path, monkeypatch
+):
+    restore()
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    def full_at_the_record(path):
+        if path.suffix == ".json":
+            raise DiskFullError("no space for the record")
         return replacing(path)
 
-    monkeypatch.setattr(folder, "replacing", failing)
-    counts = restore(compare="slider")
-    assert counts["restored"] == 4 and [failure["input"] for failure in counts["failed"]] == ["b.jpg"]
-    for first, second, third in zip(written[::3], written[1::3], written[2::3], strict=True):
-        assert first == provenance.record_path(third)
-        assert second == folder.comparison_path(third, "slider")
-    assert (tmp_path / "out" / "b.png.json").exists() and not (tmp_path / "out" / "b.png").exists()
-    monkeypatch.undo()
-    counts = restore(skip_existing=True)
-    assert (counts["restored"], counts["kept"], counts["failed"]) == (1, 4, [])
+    replacing = folder.replacing
+    monkeypatch.setattr(folder, "replacing", full_at_the_record)
+    with pytest.raises(DiskFullError, match="no space for the record"):
+        restore(seed=1, overwrite=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_what_a_result_cannot_keep_is_told(tmp_path, restore, work):
+    see_through = Image.fromarray(PICTURE).convert("RGBA")
+    see_through.putalpha(100)
+    (tmp_path / "in").mkdir()
+    see_through.save(tmp_path / "in" / "a.png")
+    write_image(tmp_path / "in" / "b.png", PICTURE)
+    run, jobs = work(file_format="jpg")
+    counts = folder.restore_all(run, jobs, [])
+    reason = "transparency: JPEG files have none, and the picture is put on white"
+    assert provenance.read_record(tmp_path / "out" / "a.jpg")["not_kept"] == [reason]
+    summary = folder.write_summary(tmp_path / "out", jobs, counts, 0, [])
+    assert summary["not_kept"] == [{"input": "a.png", "output": "a.jpg", "reasons": [reason]}]
+    assert folder.summary_lines(summary)[:-1] == [f"not kept of a.png: {reason}"]
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("method", ["none", "wavelet"])
+def test_a_picture_of_a_folder_is_what_the_restorer_makes_of_it(tiny_weights, tmp_path, work, method):
+    """Enlarged and corrected in other threads, and nothing else."""
+    write_image(tmp_path / "in" / "a.png", PICTURE)
+    restorer = Restorer.load(tiny_weights)
+    options = {"sampling": SamplingConfig(steps=2), "colour_correction": method}
+    target, restoration = TargetConfig(size="64x48"), RestorationConfig(**options)
+    folder.restore_all(*work(restorer=restorer, restoration=restoration, target=target), [])
+    expected = restorer.restore(PICTURE, size=(48, 64), **options)
+    np.testing.assert_array_equal(Image.open(tmp_path / "out" / "a.png"), expected)
 
 
 def test_samples_of_one_reading(photographs, restore, tmp_path, monkeypatch):
@@ -348,6 +428,16 @@ def test_existing_results_of_another_photograph_are_named(photographs, restore, 
     ]
 
 
+def test_an_unchanged_input_is_not_read_again(photographs, restore, monkeypatch):
+    """Its size and time of change are those that the record tells of."""
+    restore()
+    os.utime(photographs[0], ns=(0, 0))
+    hashed, digest = [], provenance.file_digest
+    monkeypatch.setattr(provenance, "file_digest", lambda path: hashed.append(path) or digest(path))
+    assert restore(skip_existing=True)["kept"] == 5
+    assert hashed == photographs[:1]
+
+
 def test_overwriting_leaves_what_would_be_the_same_file(photographs, restore, tmp_path, monkeypatch):
     output = tmp_path / "out"
     restore()
@@ -384,32 +474,56 @@ def test_a_file_in_the_place_of_a_record_is_none_and_is_kept(photographs, restor
 # --------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_regular_file_is_named_and_not_waited_for(photographs, restore, tmp_path):
-    os.mkfifo(tmp_path / "in" / "pipe.png")
-    (tmp_path / "in" / "link.png").symlink_to("nowhere")
-    (tmp_path / "in" / "loop.png").symlink_to("loop.png")
-    (tmp_path / "in" / "null.png").symlink_to("/dev/null")
-    (tmp_path / "in" / "a folder.png").mkdir()
-    (tmp_path / "in" / f"{'x' * 246}.png").write_bytes(photographs[0].read_bytes())
-    counts = restore()
-    assert counts["restored"] == 5
-    assert {failure["input"][:8]: failure["reason"] for failure in counts["failed"]} == {
-        "link.png": "a link to nothing",
-        "loop.png": "a link to nothing",
-        "null.png": "not a regular file",
-        "pipe.png": "not a regular file",
-        "xxxxxxxx": "its name is 10 bytes too long for a result and its record",
-    }
-
-
-def test_every_broken_file_is_named_and_every_good_one_restored(work, stopped, tmp_path):
-    """tests/folder_of_200.py, smaller, and with a restorer that only enlarges."""
+@pytest.mark.usefixtures("quick_compile")
+def test_every_broken_file_is_named_and_every_good_one_restored(call, tiny_weights, tmp_path):
+    """tests/folder_of_200.py, smaller: all that is broken, and one of each that is not."""
     good, broken = folder_of_200.write_folder(tmp_path / "in", 90)
-    run, jobs = work(target=TargetConfig(scale=1.0))
-    counts = folder.restore_all(run, jobs, stopped)
-    folder.write_summary(tmp_path / "out", jobs, counts, 0, [])
-    assert folder_of_200.problems_of(counts, good, broken, tmp_path / "out") == []
-    assert counts["restored"] == len(good) and len(broken) >= 40
+    options = "--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", tiny_weights
+    status, out, err = call(sample.main, *options, *folder_of_200.OPTIONS)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_bytes())
+    assert folder_of_200.problems_of(summary, good, broken, tmp_path / "out") == []
+    assert (status, summary["restored"], summary["ignored"]) == (1, len(good), 1)
+    assert f"restored {len(good)}, kept 0, made by others 0, failed {len(broken)}; " in out
+    assert f"failed: {tmp_path / 'in' / 'broken' / '0' / 'empty.png'}: " in err
+    reasons = {Path(failure["input"]).name: failure["reason"] for failure in summary["failed"]}
+    for name, reason in {
+        "link to nothing.png": "a link to nothing",
+        "link in a circle.png": "a link to nothing",
+        "link to a device.png": "not a regular file",
+        "pipe.png": "not a regular file",
+        "socket.png": "not a regular file",
+        f"{'x' * 246}.png": "its name is 10 bytes too long for a result and its record",
+    }.items():
+        assert reasons[name] == reason
+
+
+CRASHING = """
+import os, sys
+from pathlib import Path
+import zipir_jax.restorer
+from tests import test_folder
+from zipir_jax import folder
+def read(path, data):
+    if path.name == "b.jpg":
+        os.abort()
+    return test_folder.read_photograph(path, data)
+folder.read_photograph = read
+run, jobs = test_folder.plan(Path(sys.argv[1]))
+folder.restore_all(run, jobs, [])
+"""
+
+
+def test_a_photograph_at_which_two_processes_crashed_is_named(photographs, work, restore, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", CRASHING, tmp_path]
+    ends = [subprocess.run(command, stderr=subprocess.DEVNULL).returncode for _ in range(2)]
+    assert ends == [-signal.SIGABRT] * 2
+    counts = restore(skip_existing=True)
+    reason = "reading it ended the program 2 times; it is tried again once .zipir_jax is deleted"
+    assert counts["failed"] == [{"input": "b.jpg", "output": "b.png", "reason": reason}]
+    assert counts["restored"] + counts["kept"] == 4
+    write_image(photographs[1], PICTURE[::-1])  # another file of that name is another chance
+    assert restore(skip_existing=True)["restored"] == 1
+    assert not (tmp_path / "out" / folder.LOCKS).exists()
 
 
 def test_names_that_are_no_text(tmp_path, restore):
@@ -601,6 +715,18 @@ def test_the_claim_of_a_killed_process_is_taken_over(photographs, work, stopped,
     process.stdout.close()
 
 
+def test_what_a_killed_process_left_is_removed(photographs, restore, work, tmp_path):
+    """Its claims, and its files that had not taken their places: of a picture that it had not made, and of one."""
+    output = tmp_path / "out"
+    run, jobs = work(skip_existing=True)
+    folder.restore_all(run, jobs[1:], [])
+    left = [output / ".a.png.0123abcd", output / ".a.png.json.0123abcd", output / ".b.png.json.ffffffff"]
+    touch(*left, *(folder._lock_file(run.locks, job) for job in jobs[:2]))
+    counts = restore(skip_existing=True)
+    assert (counts["restored"], counts["kept"]) == (1, 4)
+    assert list(output.rglob(".*")) == []
+
+
 def test_what_others_hold_to_the_end_is_theirs(photographs, work, stopped, monkeypatch):
     monkeypatch.setattr(folder, "POLL", 0.01)
     run, jobs = work(skip_existing=True)
@@ -617,6 +743,20 @@ def test_what_others_hold_to_the_end_is_theirs(photographs, work, stopped, monke
     assert (counts["restored"], counts["made_by_others"], counts["kept"]) == (4, 1, 0)
 
 
+def test_what_another_process_made_after_all_is_no_failure(photographs, work):
+    run, jobs = work(skip_existing=True)
+    other = dataclasses.replace(run, restorer=Enlarger(), locks=None)
+
+    def fail_at_the_last(number):
+        if number == 5:
+            folder.restore_all(other, jobs[-1:], [])  # its device has more memory, say
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    run = dataclasses.replace(run, restorer=Enlarger(fail_at_the_last))
+    counts = folder.restore_all(run, jobs, [])
+    assert (counts["restored"], counts["made_by_others"], counts["failed"]) == (4, 1, [])
+
+
 # --------------------------------------------------------------------------------------------------
 # The summary
 # --------------------------------------------------------------------------------------------------
@@ -624,22 +764,27 @@ def test_what_others_hold_to_the_end_is_theirs(photographs, work, stopped, monke
 
 def test_the_summary_counts_what_stands_in_the_folder(photographs, work, tmp_path):
     (tmp_path / "in" / "broken.png").write_text("no picture")
-    (tmp_path / "in" / "notes.txt").write_text("no picture")
     output = tmp_path / "out"
     run, jobs = work(skip_existing=True)
-    folder.restore_all(run, jobs[:2], [])  # by another process, say
+    first = folder.restore_all(run, jobs[:2], [])
+    folder.write_summary(output, jobs[:2], first, 0, [])
     counts = folder.restore_all(run, jobs, [])
     folder.check_summary(output)
     summary = folder.write_summary(output, jobs, counts, 1, [])
     folder.check_summary(output)
     assert summary == json.loads((output / "summary.json").read_bytes())
     assert (summary["restored"], summary["kept"], summary["ignored"]) == (3, 2, 1)
-    assert summary["folder"]["expected"] == 6 and summary["folder"]["done"] == 5
+    numbers = {name: summary["folder"][name] for name in ("expected", "done", "restored")}
+    assert numbers == {"expected": 6, "done": 5, "restored": 3}
     assert list(summary["folder"]["seconds"]) == ["read", "encode", "denoise", "decode", "write"]
     lines = folder.summary_lines(summary)
     assert lines[0] == "failed: broken.png: not an image that can be read"
     assert lines[1].startswith("restored 3, kept 2, made by others 0, failed 1; ") and len(lines) == 2
     assert str(tmp_path) not in json.dumps(summary)
+    # The same two processes, had they run at the same time.
+    folder.write_summary(output, jobs[:2], first | {"ended": counts["ended"]}, 0, [])
+    together = folder.write_summary(output, jobs, counts, 1, [])["folder"]
+    assert (together["started"], together["restored"]) == (first["started"], 5)
     (output / "summary.json").write_text('{"of": "somebody else"}')
     with pytest.raises(ValueError, match=r"summary\.json: is no summary of restored photographs"):
         folder.check_summary(output)

@@ -59,6 +59,9 @@ def match_moments(
     image: Float32[np.ndarray, "h w c"], reference: Float32[np.ndarray, "h w c"]
 ) -> Float32[np.ndarray, "h w c"]:
     """An image whose channels have the means and standard deviations of another's (Huang & Belongie 2017, eq. 8)."""
-    mean, deviation = image.mean((0, 1)), image.std((0, 1))
-    deviation = np.maximum(deviation, np.finfo(np.float32).eps)  # a flat channel stays flat
-    return (image - mean) / deviation * reference.std((0, 1)) + reference.mean((0, 1))
+    # In float64, and many times as fast as numpy's.
+    (mean, deviation), (wanted, contrast) = (
+        np.float32(cv2.meanStdDev(each))[..., 0] for each in (image, reference)
+    )
+    gain = contrast / np.maximum(deviation, np.finfo(np.float32).eps)  # a flat channel stays flat
+    return (image - mean) * gain + wanted

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 from collections.abc import Iterator
@@ -48,8 +49,17 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def _refusal(error):
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or isinstance(
+        error, DiskFullError
+    )
     return DiskFullError if is_full else ValueError
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes left that were `replacing` a file; nobody may be at it."""
+    path = Path(os.path.realpath(path))
+    for unfinished in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"):
+        unfinished.unlink(missing_ok=True)
 
 
 def check_replaceable(path: Path) -> None:

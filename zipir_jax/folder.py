@@ -1,20 +1,21 @@
 """Photographs of a folder, one after the other: what is to be made, who makes it, what stands on the disk meanwhile.
 
-A result stands there whole or not at all, and never without its record (provenance.py), which is written before it: a
-run that is killed leaves at most a record alone, which the next run writes again. So a result that exists is done.
+A result stands there whole or not at all, and never without its own record (provenance.py), which takes its place just
+before it, when the result of an earlier run is gone already: a run that is killed leaves at most a record alone, which
+the next run writes again. So a result that exists is done.
 
 Processes, on one host or several, that are given the same folders share the work. Each picture is claimed by a lock on
 a file in LOCKS in the output folder, which the kernel releases when its holder ends, however it ends. This needs a file
 system with flock: any local one, NFS 4, and most cluster file systems.
 
-Three pictures are in memory at most: one is read ahead while another is restored and a third is written.
+Three pictures are in memory at most: one is read ahead and enlarged while another is restored, and a third gets its
+colours and is written. The device waits for neither.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import functools
 import hashlib
 import io
 import json
@@ -29,9 +30,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from zipir_jax import comparison, provenance
+from zipir_jax.colour import correct_colour
 from zipir_jax.config import RestorationConfig, TargetConfig
-from zipir_jax.files import DiskFullError, check_replaceable, check_writable, replacing
-from zipir_jax.imageio import IMAGE_SUFFIXES, distinct_names, upright_size, visible_files
+from zipir_jax.files import DiskFullError, check_replaceable, check_writable, remove_unfinished, replacing
+from zipir_jax.imageio import IMAGE_SUFFIXES, distinct_names, resize, upright_size, visible_files
 from zipir_jax.photograph import (
     OUTPUT_FORMATS,
     Photograph,
@@ -47,6 +49,7 @@ SUMMARY = "summary.json"
 LONGEST_NAME = 255  # bytes, of nearly all file systems
 # That records, and the temporary files of `files.replacing`, add to a result's name.
 LONGEST_ENDING = len(".") + len(".json") + len(".12345678")
+CRASHES = 2  # of processes that read a photograph, after which it is read no more
 POLL = 0.5  # seconds between looks at pictures that other processes hold
 
 
@@ -88,8 +91,9 @@ def plan_jobs(
         if output.is_dir() or not output.suffix:
             outputs = [output / f"{input.stem}{_suffix(input, file_format)}"]
         else:
-            output_format(output)  # refused here where it cannot be written
             outputs = [output]
+    for path in outputs:
+        output_format(path)  # refused here where it cannot be written
     jobs = []
     for source, path in zip(sources, outputs, strict=True):
         numbered = [path]
@@ -236,9 +240,9 @@ class Taken:
     settled: dict[int, tuple[str, str]]  # outputs that are not to be made: index -> (what they count as, why)
     lock: FileLock | None = None
     photograph: Photograph | None = None
-    digest: str = ""  # sha256 of the source
-    size: tuple[int, int] = (0, 0)  # of the result
-    seconds: float = 0.0  # that reading took
+    enlarged: np.ndarray | None = None  # float32 [h, w, 3], its pixels in the size of the result
+    source: dict = dataclasses.field(default_factory=dict)  # the file: {"sha256", "bytes", "mtime_ns"}
+    seconds: float = 0.0  # that reading and enlarging took
 
 
 class StoppedError(Exception):
@@ -252,7 +256,7 @@ def restore_all(
     report: Callable[[str, float, str], None] = lambda name, done, phase: None,
     complain: Callable[[str], None] = lambda sentence: None,
 ) -> dict:
-    """Make the outputs of all jobs that do not stand; what was restored, kept, failed and made by others.
+    """Make the outputs of all jobs that do not stand; what was restored, kept, failed and made by others, and when.
 
     stopped: ends the run once it is not empty; what is being written is finished, the picture in work dropped. report
     is told a picture's name, how many outputs are done, the parts of one among them, and the phase; complain, each
@@ -261,10 +265,10 @@ def restore_all(
     from zipir_jax.restorer import PHASES
 
     counts = Counter()
-    failed, reached = [], 0
+    failed, not_kept, reached = [], [], 0
     before = {path: _state(path) for job in jobs for path in job.outputs}
     over = threading.Event()
-    start = time.monotonic()
+    start, started = time.monotonic(), provenance.now()
 
     def tell(name, done, phase):
         """A picture that waits to be written is done already: it does not count less when another is settled."""
@@ -275,10 +279,10 @@ def restore_all(
     def settle(job, index, kind, reason=""):
         counts[kind] += 1
         if kind == "failed":
-            output = job.outputs[index]
             # The summary does not say where the folders lie.
-            reason = reason.removeprefix(f"{job.source}: ").replace(f"{output}: ", f"{output.name}: ")
-            failed.append({"input": job.name, "output": output.name, "reason": reason})
+            folder = job.outputs[index].parent
+            reason = reason.removeprefix(f"{job.source}: ").replace(f"{folder}{os.sep}", "")
+            failed.append((job, index, reason))
             complain(f"{job.source}: {reason}")
         tell(job.name, counts.total(), "")
 
@@ -287,7 +291,7 @@ def restore_all(
         while writing:
             job, index, future = writing.pop()
             try:
-                future.result()
+                lost = future.result()
             except DiskFullError:
                 settle(job, index, "failed", "the disk is full")
                 raise
@@ -295,6 +299,8 @@ def restore_all(
                 settle(job, index, "failed", str(error) or "the memory does not hold it")
             else:
                 settle(job, index, "restored")
+                if lost:
+                    not_kept.append({"input": job.name, "output": job.outputs[index].name, "reasons": lost})
 
     def arrived():
         """The picture that was read ahead; nobody is told late of one that was written while it is waited for."""
@@ -306,7 +312,7 @@ def restore_all(
         return ahead.result()
 
     def restore(taken, index):
-        """float32 pixels, and the seconds of each phase."""
+        """float32 pixels, their colours not corrected, and the seconds of each phase."""
         began, seconds = {}, {}
 
         def progress(phase, done):
@@ -319,10 +325,9 @@ def restore_all(
             tell(taken.job.name, counts.total() + len(writing) + share, phase)
 
         restored = run.restorer.restore(
-            taken.photograph.pixels,
-            size=taken.size,
+            taken.enlarged,
+            size=taken.enlarged.shape[:2],
             sampling=run.restoration.sampling,
-            colour_correction=run.restoration.colour_correction,
             seed=run.seed + index,
             memory=run.memory,
             progress=progress,
@@ -372,12 +377,19 @@ def restore_all(
     if run.locks is not None:
         with contextlib.suppress(OSError):  # where others hold some
             run.locks.rmdir()
+    remaining = [each for each in failed if not _made_meanwhile(run, *each[:2], before)]
     seconds = time.monotonic() - start
     return {
         "restored": counts["restored"],
         "kept": counts["kept"],
-        "made_by_others": counts["made_by_others"],
-        "failed": failed,
+        "made_by_others": counts["made_by_others"] + len(failed) - len(remaining),
+        "failed": [
+            {"input": job.name, "output": job.outputs[index].name, "reason": reason}
+            for job, index, reason in remaining
+        ],
+        "not_kept": not_kept,
+        "started": started,
+        "ended": provenance.now(),
         "seconds": round(seconds, 1),
         "pictures_per_minute": round(60 * counts["restored"] / seconds, 2),
     }
@@ -409,24 +421,28 @@ def take_all(
 
 def _take(run, job, before):
     """A Taken; None for a job that another process holds."""
-    digest = functools.cache(lambda: provenance.file_digest(job.source))
     settled, lock = {}, None
     try:
         _check_source(job)
         if not run.overwrite:
-            settled = _settled(run, job, before, digest)
+            settled = _settled(run, job, before)
     except (ValueError, OSError) as error:
         return _failed(job, error)
-    if len(settled) == len(job.outputs):
+    was_claimed = run.locks is not None and _lock_file(run.locks, job).exists()
+    if len(settled) == len(job.outputs) and not was_claimed:
         return Taken(job, settled)
     if run.locks is not None and (lock := _claim(run.locks, job)) is None:
         return None
     try:
+        if was_claimed:  # by a process that was killed, as a release removes the file
+            for path in (*job.outputs, *job.comparisons, *map(provenance.record_path, job.outputs)):
+                remove_unfinished(path)
         # Again: another process may have made it between the look and the claim.
-        settled = _settled(run, job, before, digest)
+        settled = _settled(run, job, before)
         if len(settled) == len(job.outputs):
             return Taken(job, settled, lock)
-        return _read(run, job, settled, lock)
+        with _attempt(job, lock):
+            return _read(run, job, settled, lock)
     except (ValueError, OSError, MemoryError) as error:
         return _failed(job, error, settled, lock)
 
@@ -449,7 +465,7 @@ def _check_source(job):
             raise ValueError(f"{job.source}: its name is {excess} bytes too long for a result and its record")
 
 
-def _settled(run, job, before, digest):
+def _settled(run, job, before):
     """What outputs that stand count as: index -> (kind, reason); an output that is not in it is to be made."""
     settled = {}
     for index, output in enumerate(job.outputs):
@@ -460,7 +476,9 @@ def _settled(run, job, before, digest):
         found = provenance.read_record(output)
         settings = run.settings(job, index)
         if run.overwrite and not is_new:
-            if found and provenance.gives_same_file(found, output, digest(), settings, run.weights):
+            if found and provenance.gives_same_file(
+                found, output, _source_digest(job, found), settings, run.weights
+            ):
                 settled[index] = "kept", ""
         elif not (run.skip_existing or is_new):
             settled[index] = "failed", f"{output.name}: {EXISTS}"
@@ -468,7 +486,7 @@ def _settled(run, job, before, digest):
             settled[index] = "made_by_others" if is_new else "kept", ""
         else:
             size = target_of(run, (found["input"]["height"], found["input"]["width"]))
-            reasons = provenance.differences(found, digest(), settings, run.weights, size)
+            reasons = provenance.differences(found, _source_digest(job, found), settings, run.weights, size)
             if not reasons and found["output"].get("bytes") != os.path.getsize(output):
                 reasons = ["by somebody else since its record was written"]
             if reasons:
@@ -481,6 +499,22 @@ def _settled(run, job, before, digest):
     return settled
 
 
+def _made_meanwhile(run, job, index, before):
+    """Whether an output that this process failed at was made by another one."""
+    try:
+        return _settled(run, job, before).get(index) == ("made_by_others", "")
+    except (ValueError, OSError):  # the photograph is gone
+        return False
+
+
+def _source_digest(job, found):
+    """sha256 of the source; a file of the size and time of change that a record tells of is not read again for it."""
+    there, status = found["input"], os.stat(job.source)
+    if (there.get("bytes"), there.get("mtime_ns")) == (status.st_size, status.st_mtime_ns):
+        return there.get("sha256")
+    return provenance.file_digest(job.source)
+
+
 def target_of(run: Run, size: tuple[int, int]) -> tuple[int, int]:
     """(height, width) of the result of a photograph of this size. Raises ValueError as `target_pixels`."""
     from zipir_jax.restorer import target_pixels
@@ -488,11 +522,14 @@ def target_of(run: Run, size: tuple[int, int]) -> tuple[int, int]:
     return target_pixels(run.target, size)
 
 
+def _lock_file(locks, job):
+    return locks / f"{hashlib.sha256(os.fsencode(job.name)).hexdigest()[:32]}.lock"
+
+
 def _claim(locks, job):
     """A lock that this process holds, or None where another does."""
-    name = hashlib.sha256(os.fsencode(job.name)).hexdigest()[:32]
     # Without flock a lock would be a file that a killed process leaves behind for good.
-    lock = FileLock(locks / f"{name}.lock", thread_local=False, fallback_to_soft=False)
+    lock = FileLock(_lock_file(locks, job), thread_local=False, fallback_to_soft=False)
     while True:
         try:
             locks.mkdir(parents=True, exist_ok=True)
@@ -515,6 +552,30 @@ def _release(taken):
     taken.lock.release()
 
 
+@contextlib.contextmanager
+def _attempt(job, lock):
+    """Within it, a photograph is read. Raises ValueError where that ended CRASHES processes before.
+
+    A decoder that crashes takes the process along, and would do so in each run. What stays is the file beside the
+    claim, with a line for each time that the photograph, as it is now, was begun with.
+    """
+    if lock is None:
+        yield
+        return
+    begun, status = Path(lock.lock_file).with_suffix(".begun"), os.stat(job.source)
+    photograph = f"{status.st_size} bytes, changed at {status.st_mtime_ns}"
+    lines = begun.read_text().splitlines() if begun.exists() else []
+    if lines.count(photograph) >= CRASHES:
+        raise ValueError(
+            f"{job.source}: reading it ended the program {CRASHES} times; it is tried again once {LOCKS} is deleted"
+        )
+    begun.write_text("\n".join([*lines, photograph]))
+    try:
+        yield
+    finally:
+        begun.unlink()
+
+
 def _read(run, job, settled, lock):
     """Whether it can be restored is known from the header: nobody waits for pixels that are then refused."""
     start = time.monotonic()
@@ -528,19 +589,20 @@ def _read(run, job, settled, lock):
             if os.path.lexists(record) and not run.overwrite and provenance.read_record(output) is None:
                 raise ValueError(f"{record.name}: exists already and is no record of a result")
     _plan(run, job, size, target)
-    data = job.source.read_bytes()
+    with job.source.open("rb") as file:
+        changed, data = os.fstat(file.fileno()).st_mtime_ns, file.read()
     photograph = read_photograph(job.source, data)
-    digest = hashlib.sha256(data).hexdigest()
     # The file may have been replaced since its header was read.
-    target = target_of(run, photograph.pixels.shape[:2])
-    return Taken(job, settled, lock, photograph, digest, target, time.monotonic() - start)
+    enlarged = resize(photograph.pixels, *target_of(run, photograph.pixels.shape[:2]))
+    source = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "mtime_ns": changed}
+    return Taken(job, settled, lock, photograph, enlarged, source, time.monotonic() - start)
 
 
 def plan_lines(run: Run, job: Job) -> list[str]:
     """How `restore_all` would make the outputs of a job that do not stand. Raises ValueError where it would not."""
     _check_source(job)
     before = {path: _state(path) for path in job.outputs}
-    settled = _settled(run, job, before, lambda: provenance.file_digest(job.source))
+    settled = _settled(run, job, before)
     kinds = dict(settled.values())
     if "failed" in kinds:
         raise ValueError(f"{job.source}: {kinds['failed']}")
@@ -561,17 +623,20 @@ def _plan(run, job, size, target):
         raise ValueError(f"{job.source}: {error}") from None
 
 
-def write_output(run: Run, taken: Taken, index: int, restored: np.ndarray, seconds: dict[str, float]) -> None:
-    """Write the record, then the comparison, and at last the result, whose being there says that all is done."""
+def write_output(
+    run: Run, taken: Taken, index: int, restored: np.ndarray, seconds: dict[str, float]
+) -> list[str]:
+    """Write result, comparison and record; what the result's file could not keep, as `write_photograph` says it."""
     job, photograph, output = taken.job, taken.photograph, taken.job.outputs[index]
     start = time.monotonic()
+    restored = correct_colour(restored, taken.enlarged, run.restoration.colour_correction)
     result = photograph.with_pixels(restored)
     encoded = io.BytesIO()
     not_kept = write_photograph(encoded, result, output_format(output))
     seconds = seconds | {"write": time.monotonic() - start}
-    written = provenance.record(
+    record = provenance.record(
         job.name,
-        taken.digest,
+        taken.source["sha256"],
         photograph,
         output.name,
         encoded.getbuffer(),
@@ -581,18 +646,30 @@ def write_output(run: Run, taken: Taken, index: int, restored: np.ndarray, secon
         seconds,
         not_kept,
     )
-    with replacing(provenance.record_path(output)) as file:
-        file.write(provenance.as_json(written))
+    record["input"] |= taken.source
+    contents = {output: encoded.getbuffer()}
     if run.compare is not None:
-        path = job.comparisons[index]
-        with replacing(path) as file:
-            if run.compare == "slider":
-                file.write(comparison.slider_html(photograph.pixels, result.pixels, job.name).encode())
-            else:
-                both = comparison.side_by_side(photograph.pixels, result.pixels)
-                write_photograph(file, Photograph(both), output_format(path))
-    with replacing(output) as file:
-        file.write(encoded.getbuffer())
+        contents[job.comparisons[index]] = _comparison(run, job, index, taken.enlarged, result.pixels)
+    contents[provenance.record_path(output)] = provenance.as_json(record)
+    with contextlib.ExitStack() as stack:
+        for path, content in contents.items():
+            file = stack.enter_context(replacing(path))
+            file.write(content)
+            file.flush()
+        # All is on the disk, and takes its place in reverse order: the result, whose being there says that all is done,
+        # comes last. One that stood there goes first: it never stands beside the record of another.
+        Path(os.path.realpath(output)).unlink(missing_ok=True)
+    return not_kept
+
+
+def _comparison(run, job, index, before, after):
+    """The bytes of its file."""
+    if run.compare == "slider":
+        return comparison.slider_html(before, after, job.name).encode()
+    encoded = io.BytesIO()
+    both = Photograph(comparison.side_by_side(before, after))
+    write_photograph(encoded, both, output_format(job.comparisons[index]))
+    return encoded.getbuffer()
 
 
 def _state(path):
@@ -612,41 +689,56 @@ def _state(path):
 def check_summary(folder: Path) -> None:
     """Raises ValueError where something else stands in the place of the summary."""
     path = folder / SUMMARY
+    if os.path.lexists(path) and _read_summary(path) is None:
+        raise ValueError(f"{path}: is no summary of restored photographs; choose another output")
+
+
+def _read_summary(path):
+    """None where there is none, or another file in its place."""
     try:
         found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return
     except (OSError, ValueError, RecursionError):
-        found = None
-    if not (isinstance(found, dict) and "pictures_per_minute" in found):
-        raise ValueError(f"{path}: is no summary of restored photographs; choose another output")
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("folder"), dict) else None
 
 
 def write_summary(folder: Path, jobs: list[Job], counts: dict, ignored: int, unreadable: list[str]) -> dict:
     """Write what this process did, and what stands in the folder, whoever made it, by its records; returns it.
 
-    counts: of `restore_all`.
+    counts: of `restore_all`. Of processes that shared the folder the last one has seen what became of every picture.
     """
-    seconds, done = Counter(), 0
+    path = folder / SUMMARY
+    started = counts["started"]
+    earlier = _read_summary(path) or {}
+    if earlier.get("ended", "") > started:  # of a process that ran at the same time
+        started = min(started, earlier["folder"]["started"])
+    seconds, done, restored = Counter(), 0, 0
     for output in (output for job in jobs for output in job.outputs):
         if os.path.exists(output):
             done += 1
-            found = provenance.read_record(output)
-            seconds.update(found.get("seconds", {}) if found else {})
-    expected = sum(len(job.outputs) for job in jobs)
+            found = provenance.read_record(output) or {}
+            restored += found.get("finished", "") >= started
+            seconds.update(found.get("seconds", {}))
     summary = {
         **counts,
         "ignored": ignored,
         "unreadable_folders": unreadable,
         "folder": {
-            "expected": expected,
+            "started": started,  # the first of the processes
+            "expected": sum(len(job.outputs) for job in jobs),
             "done": done,
+            "restored": restored,  # since then, by all of them
             "seconds": {phase: round(spent, 1) for phase, spent in seconds.items()},
         },
     }
-    with replacing(folder / SUMMARY) as file:
+    with replacing(path) as file:
         file.write(provenance.as_json(summary))
     return summary
+
+
+def not_kept_lines(counts: dict) -> list[str]:
+    """One for each result of `restore_all` that lacks something of its photograph."""
+    return [f"not kept of {each['input']}: {'; '.join(each['reasons'])}" for each in counts["not_kept"]]
 
 
 def summary_lines(summary: dict) -> list[str]:
@@ -657,6 +749,7 @@ def summary_lines(summary: dict) -> list[str]:
         f"{name.replace('_', ' ')} {summary[name]}" for name in ("restored", "kept", "made_by_others")
     )
     return [
+        *not_kept_lines(summary),
         *failed,
         f"{counts}, failed {len(failed)}; {summary['seconds']:.1f} s, {summary['pictures_per_minute']:.1f} pictures a "
         f"minute; {summary['folder']['done']} of {summary['folder']['expected']} are there",

@@ -88,8 +88,13 @@ def record(
         "device": hardware(),
         "seconds": {phase: round(spent, 3) for phase, spent in seconds.items()},
         "not_kept": not_kept,
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "finished": now(),
     }
+
+
+def now() -> str:
+    """The time, in UTC; later ones sort later."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def _content(photograph):

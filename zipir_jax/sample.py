@@ -143,6 +143,8 @@ def restore_files(
         for path in jobs[0].outputs:
             if path.name not in [failure["output"] for failure in failed] and path.exists():
                 print(path)
+        for line in folder.not_kept_lines(counts):
+            print(printable(line), file=sys.stderr)
         if failed:
             raise ValueError(f"{input}: {failed[0]['reason']}")
     if stopped:
