@@ -15,9 +15,9 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
-import threading
-import time
+import sys
 import tomllib
 import urllib.request
 from pathlib import Path
@@ -28,7 +28,7 @@ import skimage.data
 from markdown_it import MarkdownIt
 
 from tests.conftest import TINY, TINY_T5, foreign_model, save_random_weights, write_foreign_model
-from zipir_jax import app, benchmark, prepare, weights
+from zipir_jax import benchmark, prepare, weights
 from zipir_jax.command_line import load_config, parse
 from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT
 from zipir_jax.data.latents import write_latents
@@ -67,7 +67,7 @@ PARSED = {
 }
 OF_OTHERS = {
     "pip": "would change this environment; its extras are looked up",
-    "sbatch": "SLURM",
+    "sbatch": "SLURM; tests/test_launch.py runs the script with stand-ins",
     "scancel": "SLURM",
 }
 SMALLER = {"2048": "64", "25": "2", "1000": "1", "5000": "1", "10000": "1"}  # so that it takes seconds
@@ -219,46 +219,58 @@ def make_small_configs(made, tiny_weights, monkeypatch, idle_steps, quick_lpips)
             data=dataclasses.replace(config.data, **crops),
             loss=dataclasses.replace(config.loss, lpips_crop=0),
             statistics_images=2,
+            sample_every=0,
             steps=1,
         )
 
-    for module in ("train", "prepare"):
+    for module in ("command_line", "train"):  # prepare asks the first, when it needs it
         monkeypatch.setattr(f"zipir_jax.{module}.load_config", small)
     return small
 
 
-@pytest.fixture
-def visited(monkeypatch):
-    """Pages that the app has served: it is asked for one and then stopped."""
-    pages, make_server = [], app.make_server
-
-    def visit(server, port):
+@functools.cache
+def serve(*arguments):
+    """The app in a process of its own: (the line that it printed, its page), and Ctrl-C once it was asked for that."""
+    command = [sys.executable, "-m", "zipir_jax.app", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
-            while not server.started:
-                time.sleep(0.05)
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as answer:
-                pages.append(answer.read().decode())
+            printed = server.stdout.readline()
+            address = f"http://127.0.0.1:{printed.rpartition(':')[2].strip()}"
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                page = answer.read().decode()
+            server.send_signal(signal.SIGINT)
+            assert server.wait(60) == 130
         finally:
-            server.should_exit = True
+            server.kill()
+    return printed, page
 
-    def make_and_visit(*arguments):
-        server, port = make_server(*arguments), arguments[4]
-        threading.Thread(target=visit, args=(server, port), daemon=True).start()
-        return server
 
-    monkeypatch.setattr(app, "make_server", make_and_visit)
-    return pages
+def make(*arguments):
+    """Our Makefile in this folder, with the Python that runs the tests in the place of an installed one."""
+    python = Path(".venv/bin/python")
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    command = ["make", "-f", ROOT / "Makefile", "-o", ".venv/.installed", *arguments]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 @pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands(command, call, place, visited, monkeypatch):
+def test_commands(command, call, place, monkeypatch):
     words = words_of(command)
     program = re.sub(r"^\.venv/bin/", "", words[0])
     scripts = [word for word in words if word.startswith("launch/")]
     if words[0] == "make":
-        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
-    elif scripts:  # of a training: what follows is its config and what overrides it
+        if "INPUT=photo.jpg" in words:
+            place(["photo.jpg"])
+            make(*words[1:])
+            assert Path("output/photo_x4.png").exists()
+        else:  # takes minutes, or is what runs this
+            subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    elif (
+        scripts
+    ):  # of a training: what follows is its config and what overrides it; tests/test_launch.py runs them
         assert os.access(ROOT / scripts[0], os.X_OK)
         config, *overrides = words[words.index(scripts[0]) + 1 :]
         only_parse("zipir_jax.train", ["--config", config, "--resume", "auto", *overrides], call, monkeypatch)
@@ -274,19 +286,20 @@ def test_commands(command, call, place, visited, monkeypatch):
         if entry in PARSED:
             only_parse(module, arguments, call, monkeypatch)
             return
+        if entry == "zipir_jax.app":
+            printed, page = serve(*arguments, *RUN[entry])
+            assert re.fullmatch(r"http://[\d.]+:\d+\n", printed) and "gradio" in page
+            return
         written = {i + 1 for i, word in enumerate(arguments) if word in WRITTEN}
         place([word for i, word in enumerate(arguments) if i not in written])
         made_by_it = [Path(arguments[i]) for i in written]
         if not {"--dry-run", "--help"} & set(arguments):
             arguments = [SMALLER.get(word, word) for word in arguments] + list(RUN[entry])
-        status, printed, error = call(importlib.import_module(module).main, *arguments)
-        assert status == 0, error
+        status, _, printed = call(importlib.import_module(module).main, *arguments)
+        assert status == 0, printed
         if not {"--dry-run", "--help"} & set(arguments):
             for path in made_by_it:  # several samples have numbers in their names
                 assert path.exists() or list(path.parent.glob(f"{path.stem}_[0-9]*"))
-        if entry == "zipir_jax.app":
-            assert re.fullmatch(r"http://[\d.]+:\d+\n", printed)
-            assert ["gradio" in page for page in visited] == [True]
 
 
 @each_document
