@@ -42,7 +42,6 @@ OVERRIDES = {
     "data.aspect-ratios": 1,
     "data.batch-size": 4,
     "data.batch-tokens": 0,
-    "loss.lpips-net": "alexnet",
     "loss.lpips-crop": 0,
     "loss.adversarial-start": 0,
     "discriminator.layers": 1,

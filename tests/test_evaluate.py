@@ -18,6 +18,8 @@ from zipir_jax.models.lp_vae import decode, encode
 from zipir_jax.restorer import Restorer
 from zipir_jax.weights import load_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture
 def photographs(tmp_path):

@@ -43,9 +43,8 @@ def run_both_kinds(folder):
 
 
 # tests/kill_and_resume.py does so for all stages in two processes, and within saves.
-@pytest.mark.parametrize("stage", ["coarse", "dit"])
-def test_a_killed_run_ends_bit_for_bit_where_another_does(folder, results, stage):
-    assert differences(killed_after_three(stage, folder, 1), results[stage]) == []
+def test_a_killed_run_ends_bit_for_bit_where_another_does(folder, results):
+    assert differences(killed_after_three("dit", folder, 1), results["dit"]) == []
 
 
 @pytest.mark.usefixtures("results")
