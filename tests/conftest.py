@@ -142,6 +142,38 @@ def quick_compile():
         jax.config.update(name, value)
 
 
+@pytest.fixture(scope="module")
+def quick_lpips():
+    """A distance that compiles at once in place of LPIPS; tests/training/test_coarse.py trains with the real one."""
+    import numpy as np
+
+    stand_in = (
+        {"factor": np.float32(1.5)},
+        lambda params, a, b: params["factor"] * ((a - b) ** 2).mean((1, 2, 3)),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("loop", "losses"):
+            patch.setattr(f"zipir_jax.training.{module}.load_lpips", lambda net: stand_in)
+        yield
+
+
+@pytest.fixture(name="idle_steps")
+def make_idle_steps(monkeypatch):
+    """Steps that change no parameter and grids that show the data: nothing takes long to compile."""
+    import numpy as np
+
+    from zipir_jax.training import loop
+    from zipir_jax.training.stages import STAGES
+
+    def step(config, adversarial, state, frozen, batch):
+        metrics = {"loss": np.float32(1.0), "skipped_in_a_row": np.int32(0)}
+        return state | {"step": state["step"] + 1}, metrics
+
+    monkeypatch.setattr(loop, "train_step", step)
+    for stage in STAGES.values():
+        monkeypatch.setattr(stage, "preview", lambda config, generator, frozen, batch, key: [batch["image"]])
+
+
 def foreign_model(kind):
     """Another project's tiny model, "t5" or "sd_vae", in tests/parity: (config.json, tensors by name, other arrays)."""
     import json

@@ -34,7 +34,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting'"),
     pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),
 ]
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None and "REQUIRE_CHROMIUM" not in os.environ, reason="there is no Chromium"
+)
 SECONDS = int(os.environ.get("APP_SECONDS", 60))  # that a slow machine may take for anything
 LARGEST_FILE, LARGEST_PIXELS = 300_000, 1_000_000
 

@@ -1,8 +1,9 @@
 """What the documents say is so: their commands and programs run, their links lead somewhere, what they name exists.
 
 A command runs in this process, in a folder where its placeholders (PHOTOS, WEIGHTS, photo.jpg, ...) are files and
-folders of these names, with the tiny weights in the place of the default ones. What takes hardware, hours or the
-network is only parsed, by the parser of its entry point. The tables below say which is which.
+folders of these names, with the tiny weights in the place of the default ones, and shipped configs with a tiny model
+and steps that change nothing. What takes hardware, minutes or the network is only parsed, by the parser of its entry
+point. The tables below say which is which.
 """
 
 import ast
@@ -13,49 +14,63 @@ import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
+import sys
 import tomllib
+import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import skimage.data
 from markdown_it import MarkdownIt
 
-from tests.conftest import TINY, foreign_model, save_random_weights, write_foreign_model
+from tests.conftest import TINY, TINY_T5, foreign_model, save_random_weights, write_foreign_model
 from zipir_jax import benchmark, prepare, weights
 from zipir_jax.command_line import load_config, parse
+from zipir_jax.config import NEGATIVE_PROMPT, POSITIVE_PROMPT
+from zipir_jax.data.latents import write_latents
+from zipir_jax.data.text import write_text
 from zipir_jax.photograph import write_image
+from zipir_jax.training.checkpoint import encoder_digest
+from zipir_jax.training.loop import train
+from zipir_jax.weights import load_weights
 
 ROOT = Path(__file__).parents[1]
 CARD = ROOT / "zipir_jax" / "weights" / "default" / "README.md"
 DOCUMENTS = [ROOT / "README.md", ROOT / "launch" / "README.md", CARD, *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOK = ROOT / "docs" / "python_api.ipynb"
 
-# Commands by what they begin with, `python -m` left out; of several beginnings the longest counts.
-RUN = (
-    "zipir_jax.evaluate",
-    "zipir_jax.prepare embed",
-    "zipir_jax.prepare export",
-    "zipir_jax.prepare import-sd-vae",
-    "zipir_jax.prepare import-t5",
-    "zipir_jax.prepare index",
-    "zipir_jax.prepare preview",
-    "zipir_jax.sample",
-)
+# Commands by what they begin with, `python -m` left out; of several beginnings the longest counts. To those that run,
+# with the options that make them small.
+RUN = {
+    "zipir_jax.app": ("--port", "0"),
+    "zipir_jax.benchmark sampling": ("--task", "sr8"),
+    "zipir_jax.evaluate": (),
+    "zipir_jax.prepare embed": (),
+    "zipir_jax.prepare export": (),
+    "zipir_jax.prepare import-sd-vae": (),
+    "zipir_jax.prepare import-t5": (),
+    "zipir_jax.prepare index": (),
+    "zipir_jax.prepare latents": (),
+    "zipir_jax.prepare preview": (),
+    "zipir_jax.prepare statistics": ("--resolution", "64", "--images", "2"),
+    "zipir_jax.sample": (),
+    "zipir_jax.train": (),
+}
 PARSED = {
-    "zipir_jax.app": "serves until it is stopped; tests/test_app.py asks it for pictures",
-    "zipir_jax.benchmark": "takes minutes; tests/measure runs each command",
-    "zipir_jax.prepare export --weights runs/NAME": "needs a run; tests/training/test_train.py exports one",
-    "zipir_jax.prepare latents": "needs encoders; tests/training/test_train.py caches some",
-    "zipir_jax.prepare statistics": "needs encoders; tests/training/test_train.py measures some",
-    "zipir_jax.train": "takes minutes to weeks; tests/training trains every stage",
+    "zipir_jax.benchmark compile": "needs a compiler for TPUs; tests/measure/test_compile.py runs it",
+    "zipir_jax.benchmark latency": "takes minutes; tests/measure/test_latency.py runs it with a tiny model",
+    "zipir_jax.train --config configs/dit_3b.py --data.sources DIR --data.text EMBEDDINGS --mesh.data 1": "8 devices",
 }
 OF_OTHERS = {
     "pip": "would change this environment; its extras are looked up",
-    "sbatch": "SLURM",
+    "sbatch": "SLURM; tests/test_launch.py runs the script with stand-ins",
     "scancel": "SLURM",
 }
-SMALLER = {"2048": "64"}  # so that it takes seconds
+SMALLER = {"2048": "64", "25": "2", "1000": "1", "5000": "1", "10000": "1"}  # so that it takes seconds
 WRITTEN = ("--output", "--pictures", "--plot")  # options whose value a command makes
 OPTIONS_OF_OTHERS = {"--data.folder", "--logdir", "--shm-size"}  # the first of earlier versions
 EXTRA = r"\.\[(\w+)\]"  # in `pip install -e ".[cuda12]"`
@@ -140,6 +155,13 @@ def make_placeholders(tiny_weights, t5_folder, sd_vae_folder, tmp_path_factory):
         hubs[kind] = write_foreign_model(folder / f"hub_{kind}", kind, config, tensors)
     dit = dataclasses.replace(TINY.dit, text_width=16)  # channels of the tiny T5
     with_text = save_random_weights(folder / "with_text", dataclasses.replace(TINY, dit=dit))
+    embeddings, latents = folder / "embeddings", folder / "latents"
+    rng = np.random.default_rng(0)
+    captions = ("", POSITIVE_PROMPT, NEGATIVE_PROMPT)
+    write_text(embeddings, [(caption, rng.standard_normal((3, 16))) for caption in captions], TINY_T5)
+    pairs = rng.standard_normal((2, 2, 2, 2, 64)).astype(np.float32)
+    digest = encoder_digest(load_weights(tiny_weights, ())[1])
+    write_latents(latents, [(clean, lq, "") for clean, lq in pairs], "random", digest)
     return {
         "photo.jpg": folder / "photos" / "two.jpg",
         "photo.png": folder / "photos" / "one.png",
@@ -147,6 +169,8 @@ def make_placeholders(tiny_weights, t5_folder, sd_vae_folder, tmp_path_factory):
         "PHOTOS": folder / "collection",
         "DIR": folder / "originals",
         "WEIGHTS": with_text,
+        "EMBEDDINGS": embeddings,
+        "LATENTS": latents,
         "runs/small/fine/weights": tiny_weights,
         "runs/small/pixel_decoder/weights": tiny_weights,
         "t5": t5_folder,
@@ -159,17 +183,76 @@ def make_placeholders(tiny_weights, t5_folder, sd_vae_folder, tmp_path_factory):
 
 
 @pytest.fixture(name="place")
-def in_a_folder_of_its_own(made, tiny_weights, tmp_path, monkeypatch):
+def in_a_folder_of_its_own(made, small_configs, tiny_weights, tmp_path, monkeypatch):
     """`place(names)` goes into a folder where these placeholders are."""
     monkeypatch.setattr(weights, "DEFAULT", tiny_weights)
 
     def place(names):
-        for name in made.keys() & set(names):
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).symlink_to(made[name])
         monkeypatch.chdir(tmp_path)
+        for name in made.keys() & set(names):
+            copy = shutil.copytree if made[name].is_dir() else shutil.copy
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            copy(made[name], name)
+        if "runs/NAME" in names:
+            data = {"sources": (str(made["DIR"]),), "text": str(made["EMBEDDINGS"])}
+            config = small_configs("configs/dit_3b.py")
+            train(
+                dataclasses.replace(config, output="runs/NAME", data=dataclasses.replace(config.data, **data))
+            )
 
     return place
+
+
+@pytest.fixture(name="small_configs")
+def make_small_configs(made, tiny_weights, monkeypatch, idle_steps, quick_lpips):
+    """`train` and `prepare` read the project's configs with a tiny model, for one step on two small crops."""
+
+    def small(path):
+        config = load_config(ROOT / path)
+        dit = dataclasses.replace(TINY.dit, text_width=16 if config.model.dit.text_width else 0)
+        side = 128 if config.stage == "coarse" else 64
+        crops = {"resolutions": (side,), "aspect_ratios": (1.0,), "batch_size": 2, "workers": 0}
+        return dataclasses.replace(
+            config,
+            model=dataclasses.replace(TINY, dit=dit),
+            init_from=str(made["WEIGHTS"] if dit.text_width else tiny_weights) if config.init_from else "",
+            data=dataclasses.replace(config.data, **crops),
+            loss=dataclasses.replace(config.loss, lpips_crop=0),
+            statistics_images=2,
+            sample_every=0,
+            steps=1,
+        )
+
+    for module in ("command_line", "train"):  # prepare asks the first, when it needs it
+        monkeypatch.setattr(f"zipir_jax.{module}.load_config", small)
+    return small
+
+
+@functools.cache
+def serve(*arguments):
+    """The app in a process of its own: (the line that it printed, its page), and Ctrl-C once it was asked for that."""
+    command = [sys.executable, "-m", "zipir_jax.app", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            printed = server.stdout.readline()
+            address = f"http://127.0.0.1:{printed.rpartition(':')[2].strip()}"
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                page = answer.read().decode()
+            server.send_signal(signal.SIGINT)
+            assert server.wait(60) == 130
+        finally:
+            server.kill()
+    return printed, page
+
+
+def make(*arguments):
+    """Our Makefile in this folder, with the Python that runs the tests in the place of an installed one."""
+    python = Path(".venv/bin/python")
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    command = ["make", "-f", ROOT / "Makefile", "-o", ".venv/.installed", *arguments]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 @pytest.mark.usefixtures("quick_compile")
@@ -179,8 +262,15 @@ def test_commands(command, call, place, monkeypatch):
     program = re.sub(r"^\.venv/bin/", "", words[0])
     scripts = [word for word in words if word.startswith("launch/")]
     if words[0] == "make":
-        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
-    elif scripts:  # of a training: what follows is its config and what overrides it
+        if "INPUT=photo.jpg" in words:
+            place(["photo.jpg"])
+            make(*words[1:])
+            assert Path("output/photo_x4.png").exists()
+        else:  # takes minutes, or is what runs this
+            subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    elif (
+        scripts
+    ):  # of a training: what follows is its config and what overrides it; tests/test_launch.py runs them
         assert os.access(ROOT / scripts[0], os.X_OK)
         config, *overrides = words[words.index(scripts[0]) + 1 :]
         only_parse("zipir_jax.train", ["--config", config, "--resume", "auto", *overrides], call, monkeypatch)
@@ -196,14 +286,19 @@ def test_commands(command, call, place, monkeypatch):
         if entry in PARSED:
             only_parse(module, arguments, call, monkeypatch)
             return
-        made_by_it = [arguments[i + 1] for i, word in enumerate(arguments) if word in WRITTEN]
-        place(set(arguments) - set(made_by_it))
-        if "--dry-run" not in arguments:
-            arguments = [SMALLER.get(word, word) for word in arguments]
+        if entry == "zipir_jax.app":
+            printed, page = serve(*arguments, *RUN[entry])
+            assert re.fullmatch(r"http://[\d.]+:\d+\n", printed) and "gradio" in page
+            return
+        written = {i + 1 for i, word in enumerate(arguments) if word in WRITTEN}
+        place([word for i, word in enumerate(arguments) if i not in written])
+        made_by_it = [Path(arguments[i]) for i in written]
+        if not {"--dry-run", "--help"} & set(arguments):
+            arguments = [SMALLER.get(word, word) for word in arguments] + list(RUN[entry])
         status, _, printed = call(importlib.import_module(module).main, *arguments)
         assert status == 0, printed
         if not {"--dry-run", "--help"} & set(arguments):
-            for path in map(Path, made_by_it):  # several samples have numbers in their names
+            for path in made_by_it:  # several samples have numbers in their names
                 assert path.exists() or list(path.parent.glob(f"{path.stem}_[0-9]*"))
 
 

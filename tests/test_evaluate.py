@@ -19,6 +19,8 @@ from zipir_jax.photograph import write_image
 from zipir_jax.restorer import Restorer
 from zipir_jax.weights import load_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture
 def photographs(tmp_path):

@@ -28,6 +28,7 @@ from zipir_jax.planner import padded_size
 from zipir_jax.restorer import Restorer, check_image, pad_by_reflection, target_pixels, target_size
 from zipir_jax.weights import save_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 FAST = SamplingConfig(steps=2)
 
 

@@ -11,6 +11,7 @@ from zipir_jax.diffusion.objective import predict_clean
 from zipir_jax.diffusion.samplers import begin, initial_noise, plan_steps, sample, take_step
 from zipir_jax.diffusion.schedule import linear_schedule, spaced_timesteps
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 DIFFUSERS = pathlib.Path(__file__).parents[1] / "parity" / "samplers.npz"
 SCHEDULE = linear_schedule(DiffusionConfig())
 SAMPLERS = ("ddim", "dpm-solver++", "unipc")

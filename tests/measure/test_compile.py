@@ -32,7 +32,8 @@ def config():
 """
 
 
-# What restores in it: the networks of a tiny model, all but the heads' channels, in bfloat16.
+# What restores in it: the networks of a tiny model, all but the heads' channels, in bfloat16. Bands of two scales, as
+# each convolution takes seconds to compile.
 TINY = """
 import dataclasses
 from zipir_jax.config import MODELS, DataConfig, TrainConfig
@@ -42,7 +43,14 @@ def config():
     dit = dataclasses.replace(
         tiny.dit, layers=2, width=256, heads=2, text_width=64, compute_dtype="bfloat16"
     )
-    return TrainConfig(stage="dit", model=dataclasses.replace(tiny, dit=dit), data=DataConfig(batch_size=64))
+    shallow = {"base_channels": 8, "multipliers": (1, 1), "pixel_channels": 2}
+    lp_vae = dataclasses.replace(
+        tiny.lp_vae,
+        coarse=dataclasses.replace(tiny.lp_vae.coarse, patch=4, **shallow),
+        fine=dataclasses.replace(tiny.lp_vae.fine, patch=16, **shallow),
+    )
+    model = dataclasses.replace(tiny, lp_vae=lp_vae, dit=dit)
+    return TrainConfig(stage="dit", model=model, data=DataConfig(batch_size=64))
 """
 
 

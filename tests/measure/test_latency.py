@@ -15,8 +15,9 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(autouse=True)
-def small_matrices(monkeypatch):
+def little_work(monkeypatch, tiny_model):
     monkeypatch.setattr(latency_module, "MATMUL_CPU", (64, 1))
+    monkeypatch.setitem(MODELS, "tiny", tiny_model)
 
 
 def test_phases_are_told_apart_and_compiling_from_the_rest(monkeypatch):

@@ -4,12 +4,14 @@ import pytest
 
 from zipir_jax import benchmark
 from zipir_jax.command_line import load_config
+from zipir_jax.config import MODELS
 from zipir_jax.training.flops import training_flops
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-def test_a_step_is_timed_on_crops_of_a_size(call, tmp_path):
+def test_a_step_is_timed_on_crops_of_a_size(call, tiny_model, monkeypatch, tmp_path):
+    monkeypatch.setitem(MODELS, "tiny", tiny_model)
     output, config = tmp_path / "train.json", "configs/dit_3b_tiny.py"
     options = "--config", config, "--sizes", 64, "--batch-size", 4, "--accumulate", 2, "--repeats", 1
     status, out, err = call(benchmark.main, "train", *options, "--output", output)

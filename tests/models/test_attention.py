@@ -12,6 +12,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from zipir_jax.models import attention as module
 from zipir_jax.models.attention import attention, splash_attention, xla_attention
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(name="qkv")
 def make_qkv():

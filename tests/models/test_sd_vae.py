@@ -9,6 +9,8 @@ from zipir_jax.models.layers import abstract_params, count_params
 from zipir_jax.models.sd_vae import SDVAE, decode, encode, moments
 from zipir_jax.weights.foreign import imported_config, load_imported
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(name="model", scope="module")
 def load_model(sd_vae_folder):

@@ -47,8 +47,8 @@ def lp_vae(coarse_scales, fine_scales, blocks, unfold):
     return LPVAEConfig(coarse=coarse, fine=band(52, 64, fine_scales, 2 ** (6 - fine_scales), blocks, unfold))
 
 
-CONFIGS = {
-    "paper": lp_vae(4, 6, 2, False),
+CONFIGS = {  # one has two blocks a scale, as each block takes its time to compile
+    "paper": lp_vae(4, 6, 1, False),
     "small": lp_vae(3, 4, 2, True),
     "tiny": lp_vae(3, 4, 1, True),
     "enlarging": lp_vae(2, 5, 1, False),

@@ -80,19 +80,6 @@ def make_config(tiny_model, photos):
     return make
 
 
-@pytest.fixture(scope="module")
-def quick_lpips():
-    """A distance that compiles at once in place of LPIPS; tests/training/test_coarse.py trains with the real one."""
-    stand_in = (
-        {"factor": np.float32(1.5)},
-        lambda params, a, b: params["factor"] * ((a - b) ** 2).mean((1, 2, 3)),
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("loop", "losses"):
-            patch.setattr(f"zipir_jax.training.{module}.load_lpips", lambda net: stand_in)
-        yield
-
-
 @pytest.fixture(scope="session")
 def tensorboard_events():
     """`tensorboard_events(folder)`: all events that a run's log wrote for TensorBoard, in their order."""

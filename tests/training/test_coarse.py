@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_the_loss_falls_on_one_batch(make_config):
-    config = make_config("coarse", steps=30)
+    config = make_config("coarse", steps=15)
     config = dataclasses.replace(
         config,
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2),

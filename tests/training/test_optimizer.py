@@ -12,6 +12,7 @@ from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import init_params
 from zipir_jax.training.optimizer import learning_rate, make_optimizer
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIG = TrainConfig(
     optimizer=OptimizerConfig(
         learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=10, weight_decay=0.5, clip_norm=2.0

@@ -26,7 +26,7 @@ from zipir_jax.data.text import write_text
 from zipir_jax.models.lp_vae import encode, whiten
 from zipir_jax.restorer import NEEDED, Restorer
 from zipir_jax.train import main
-from zipir_jax.training import loop, losses
+from zipir_jax.training import losses
 from zipir_jax.training.cache import cache_latents
 from zipir_jax.training.checkpoint import encoder_digest
 from zipir_jax.training.export import run_weights
@@ -468,19 +468,6 @@ def test_weights_that_do_not_fit_are_refused(trained, make_config, tmp_path, tin
     config = make_config("fine", output=str(tmp_path / "run"), init_from=str(tiny_weights))
     with pytest.raises(ValueError, match="tiny: these weights have another lp_vae than the config"):
         train(config)
-
-
-@pytest.fixture(name="idle_steps")
-def make_idle_steps(monkeypatch):
-    """Steps that change no parameter and grids that show the data: nothing takes long to compile."""
-
-    def step(config, adversarial, state, frozen, batch):
-        metrics = {"loss": np.float32(1.0), "skipped_in_a_row": np.int32(0)}
-        return state | {"step": state["step"] + 1}, metrics
-
-    monkeypatch.setattr(loop, "train_step", step)
-    for stage in STAGES.values():
-        monkeypatch.setattr(stage, "preview", lambda config, generator, frozen, batch, key: [batch["image"]])
 
 
 def test_an_lp_vae_serves_any_dit_but_hands_none_on_to_a_new_latent_space(
