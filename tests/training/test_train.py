@@ -470,10 +470,16 @@ def test_weights_that_do_not_fit_are_refused(trained, make_config, tmp_path, tin
         train(config)
 
 
+@pytest.fixture(scope="module")
+def trained_dit(trained):
+    """`trained("dit")` for tests with idle steps: were it called in one of them, it would keep what they train."""
+    return trained("dit")
+
+
 def test_an_lp_vae_serves_any_dit_but_hands_none_on_to_a_new_latent_space(
-    trained, make_config, tmp_path, idle_steps, capsys
+    trained_dit, make_config, tmp_path, idle_steps, capsys
 ):
-    config, weights = trained("dit")
+    config, weights = trained_dit
 
     def run(stage, name, model, **changes):
         other = make_config(stage, output=str(tmp_path / name), init_from=str(weights), steps=1, **changes)
