@@ -566,7 +566,8 @@ def test_what_the_memory_does_not_hold_is_refused_before_it_starts(photo, restor
             0.01,
             r"600 x 480 pixels need \S+ GiB to \w+, beside the weights, and 0\.0[01] GiB are free; the largest .* is",
         ),
-        (0, "memory of 0 GiB is not above 0"),
+        (0, "memory of 0 GiB is not a positive number"),
+        ("inf", "memory of inf GiB is not a positive number"),
     ):
         status, _, err = restore("--input", photo, "--output", output, "--scale", 20, "--memory-gib", memory)
         assert status == 2
