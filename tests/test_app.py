@@ -357,6 +357,7 @@ def test_an_error_of_the_device_belongs_to_its_photograph(visit, monkeypatch, ca
     monkeypatch.setattr(HeldRestorer, "restore", fail_if_tall)
     page = visit()
     drop(page, ("tall.jpg", photograph(1, (32, 48))))
+    page.get_by_text("128 x 192 pixels.").wait_for()
     press(page, "Restore")
     page.get_by_text("The server could not restore this photograph.").wait_for()
     page.get_by_role("tab", name="Folder of photographs").click()
