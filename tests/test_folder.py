@@ -641,6 +641,15 @@ def test_a_full_disk_ends_the_run(photographs, restore, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob("**/.*.png*"))
 
 
+def test_a_disk_without_room_for_a_claim_ends_the_run(photographs, restore, monkeypatch):
+    def full(lock, **options):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(folder.FileLock, "acquire", full)
+    counts = restore()
+    assert isinstance(counts["error"], DiskFullError) and counts["failed"] == []
+
+
 # --------------------------------------------------------------------------------------------------
 # Reading, restoring and writing at once
 # --------------------------------------------------------------------------------------------------
@@ -788,6 +797,9 @@ def test_what_a_killed_process_left_is_removed(photographs, restore, work, tmp_p
     touch(*left, *(folder._lock_file(run.locks, job) for job in jobs[:2]))
     counts = restore(skip_existing=True)
     assert (counts["restored"], counts["kept"]) == (1, 4)
+    assert list(output.rglob(".*")) == []
+    touch(*left[:1])
+    folder.restore_all(dataclasses.replace(run, locks=None, overwrite=True, seed=1), jobs[:1], [])
     assert list(output.rglob(".*")) == []
 
 

@@ -473,9 +473,7 @@ def _take(run, job, before):
             return Taken(job, settled, lock)
         if was_claimed and (crash := _crash(job)):
             lock.release()  # its file stays: in the next run this is asked again
-            return _failed(
-                job, ValueError(f"{job.source}: reading it crashes the program ({crash})"), settled
-            )
+            return _failed(job, ValueError(f"reading it crashes the program ({crash})"), settled)
         for index in compared:
             _compare(run, job, index)
         settled |= compared
@@ -493,9 +491,9 @@ def _reason(error):
     """What is said of a picture's failure."""
     if isinstance(error, MemoryError):
         return "the image does not fit into memory"
-    return (
-        str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}".partition("\n")[0]
-    )
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _failed(job, error, settled=None, lock=None):
