@@ -22,7 +22,7 @@ from PIL import Image
 from tests import folder_of_200
 from zipir_jax import comparison, folder, provenance, sample
 from zipir_jax.config import RestorationConfig, SamplingConfig, TargetConfig
-from zipir_jax.files import DiskFullError
+from zipir_jax.files import DiskFullError, replacing
 from zipir_jax.imageio import resize, to_float
 from zipir_jax.photograph import read_photograph, write_image
 from zipir_jax.restorer import PHASES, Restorer
@@ -321,8 +321,7 @@ def test_a_disk_that_fills_up_leaves_the_result_and_the_record_of_before(
 
     replacing = folder.replacing
     monkeypatch.setattr(folder, "replacing", full_at_the_record)
-    with pytest.raises(DiskFullError, match="no space for the record"):
-        restore(seed=1, overwrite=True)
+    assert str(restore(seed=1, overwrite=True)["error"]) == "no space for the record"
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
@@ -336,7 +335,7 @@ def test_what_a_result_cannot_keep_is_told(tmp_path, restore, work):
     counts = folder.restore_all(run, jobs, [])
     reason = "transparency: JPEG files have none, and the picture is put on white"
     assert provenance.read_record(tmp_path / "out" / "a.jpg")["not_kept"] == [reason]
-    summary = folder.write_summary(tmp_path / "out", jobs, counts, 0, [])
+    summary = folder.summarize(tmp_path / "out", jobs, counts, 0, [])
     assert summary["not_kept"] == [{"input": "a.png", "output": "a.jpg", "reasons": [reason]}]
     assert folder.summary_lines(summary)[:-1] == [f"not kept of a.png: {reason}"]
 
@@ -453,6 +452,8 @@ def test_overwriting_leaves_what_would_be_the_same_file(photographs, restore, tm
     newer = provenance.versions() | {"zipir_jax": "99"}
     monkeypatch.setattr(provenance, "versions", lambda: newer)
     assert restore(overwrite=True, memory=5)["restored"] == 5
+    monkeypatch.setattr(provenance, "hardware", lambda: "1 x another device")
+    assert restore(overwrite=True, memory=5)["restored"] == 5
 
 
 @pytest.mark.parametrize(
@@ -467,6 +468,37 @@ def test_a_file_in_the_place_of_a_record_is_none_and_is_kept(photographs, restor
         and "a.png.json: exists already and is no record" in counts["failed"][0]["reason"]
     )
     assert (tmp_path / "out" / "a.png.json").read_bytes() == content
+
+
+@pytest.mark.parametrize("change", [{"seconds": {"read": "long"}}, {"finished": 5}], ids=str)
+def test_a_record_of_something_else_is_none(photographs, restore, tmp_path, change):
+    restore()
+    output = tmp_path / "out" / "a.png"
+    record = provenance.read_record(output)
+    provenance.record_path(output).write_bytes(provenance.as_json(record | change))
+    assert provenance.read_record(output) is None
+
+
+def test_an_empty_result_is_not_done(photographs, restore, work, tmp_path):
+    """As a power cut leaves it."""
+    restore()
+    (tmp_path / "out" / "a.png").write_bytes(b"")
+    run, jobs = work(skip_existing=True)
+    assert (
+        folder.summarize(tmp_path / "out", jobs, folder.restore_all(run, [], []), 0, [])["folder"]["done"]
+        == 4
+    )
+    counts = restore(skip_existing=True)
+    assert (counts["restored"], counts["kept"]) == (1, 4)
+
+
+def test_what_is_replaced_is_on_the_disk_before(tmp_path, monkeypatch):
+    calls, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.fstat(file).st_size) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
+    with replacing(tmp_path / "a") as file:
+        file.write(b"content")
+    assert calls == [len(b"content"), "replace"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -497,32 +529,39 @@ def test_every_broken_file_is_named_and_every_good_one_restored(call, tiny_weigh
         assert reasons[name] == reason
 
 
-CRASHING = """
+# Of every process of Python: it ends where it opens a certain photograph.
+ENDING = """
 import os, sys
+def ends(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("b.jpg"):
+        os.kill(os.getpid(), {:d})
+sys.addaudithook(ends)
+"""
+RUN = """
+import sys
 from pathlib import Path
-import zipir_jax.restorer
 from tests import test_folder
 from zipir_jax import folder
-def read(path, data):
-    if path.name == "b.jpg":
-        os.abort()
-    return test_folder.read_photograph(path, data)
-folder.read_photograph = read
-run, jobs = test_folder.plan(Path(sys.argv[1]))
-folder.restore_all(run, jobs, [])
+folder.restore_all(*test_folder.plan(Path(sys.argv[1]), skip_existing=True), [])
 """
 
 
-def test_a_photograph_at_which_two_processes_crashed_is_named(photographs, work, restore, tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", CRASHING, tmp_path]
-    ends = [subprocess.run(command, stderr=subprocess.DEVNULL).returncode for _ in range(2)]
-    assert ends == [-signal.SIGABRT] * 2
+@pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGKILL])
+def test_a_photograph_is_refused_for_crashes_and_not_for_kills(
+    photographs, restore, tmp_path, monkeypatch, number
+):
+    """Killed is the first process, as it reads the photograph, and the one that the second lets read it."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "sitecustomize.py").write_text(ENDING.format(number))
+    run = [sys.executable, "-W", "ignore", "-c", RUN, tmp_path]
+    assert subprocess.run(run, stderr=subprocess.DEVNULL).returncode == -number
     counts = restore(skip_existing=True)
-    reason = "reading it ended the program 2 times; it is tried again once .zipir_jax is deleted"
-    assert counts["failed"] == [{"input": "b.jpg", "output": "b.png", "reason": reason}]
-    assert counts["restored"] + counts["kept"] == 4
-    write_image(photographs[1], PICTURE[::-1])  # another file of that name is another chance
-    assert restore(skip_existing=True)["restored"] == 1
+    assert counts["restored"] + counts["kept"] == 4 + (number == signal.SIGKILL)
+    if number == signal.SIGABRT:
+        reason = "reading it crashes the program (SIGABRT)"
+        assert counts["failed"] == [{"input": "b.jpg", "output": "b.png", "reason": reason}]
+        (tmp_path / "sitecustomize.py").unlink()  # a decoder that was mended
+        assert restore(skip_existing=True)["restored"] == 1
     assert not (tmp_path / "out" / folder.LOCKS).exists()
 
 
@@ -553,16 +592,39 @@ def test_an_error_in_writing_belongs_to_its_picture(photographs, restore, monkey
     assert told == [f"{photographs[1]}: no"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("INTERNAL: a kernel failed\nat 0x0"), MemoryError()])
-def test_an_error_of_the_device_belongs_to_its_picture(photographs, restore, error):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("INTERNAL: a kernel failed\nat 0x0"), "RuntimeError: INTERNAL: a kernel failed"),
+        (MemoryError(), "the image does not fit into memory"),
+    ],
+)
+def test_an_error_of_the_device_belongs_to_its_picture(photographs, restore, error, reason):
     def fail_once(number):
         if number == 2:
             raise error
 
     counts = restore(restorer=Enlarger(fail_once))
-    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
     assert counts["restored"] == 4
     assert [failure["reason"] for failure in counts["failed"]] == [reason]
+
+
+@pytest.mark.parametrize("name", ["read_photograph", "write_photograph"])
+def test_an_unforeseen_error_belongs_to_its_picture(photographs, restore, monkeypatch, name):
+    """Of reading it, and of writing it."""
+    function, calls = getattr(folder, name), []
+
+    def fail_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyError("no such chunk")
+        return function(*arguments)
+
+    monkeypatch.setattr(folder, name, fail_once)
+    counts = restore()
+    assert (counts["restored"], counts["error"]) == (4, None)
+    failure = {"input": "b.jpg", "output": "b.png", "reason": "KeyError: 'no such chunk'"}
+    assert counts["failed"] == [failure]
 
 
 def test_a_full_disk_ends_the_run(photographs, restore, tmp_path, monkeypatch):
@@ -571,10 +633,21 @@ def test_a_full_disk_ends_the_run(photographs, restore, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     restorer = Enlarger()
-    with pytest.raises(DiskFullError, match=r"cannot be written \(No space left on device\)"):
-        restore(restorer=restorer)
+    counts = restore(restorer=restorer)
+    assert isinstance(counts["error"], DiskFullError)
+    assert str(counts["error"]).endswith("cannot be written (No space left on device)")
+    assert [failure["reason"] for failure in counts["failed"]] == ["the disk is full"]
     assert len(restorer.restored) <= 2 and results(tmp_path / "out") == []
     assert not list((tmp_path / "out").glob("**/.*.png*"))
+
+
+def test_a_disk_without_room_for_a_claim_ends_the_run(photographs, restore, monkeypatch):
+    def full(lock, **options):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(folder.FileLock, "acquire", full)
+    counts = restore()
+    assert isinstance(counts["error"], DiskFullError) and counts["failed"] == []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -725,6 +798,9 @@ def test_what_a_killed_process_left_is_removed(photographs, restore, work, tmp_p
     counts = restore(skip_existing=True)
     assert (counts["restored"], counts["kept"]) == (1, 4)
     assert list(output.rglob(".*")) == []
+    touch(*left[:1])
+    folder.restore_all(dataclasses.replace(run, locks=None, overwrite=True, seed=1), jobs[:1], [])
+    assert list(output.rglob(".*")) == []
 
 
 def test_what_others_hold_to_the_end_is_theirs(photographs, work, stopped, monkeypatch):
@@ -767,10 +843,11 @@ def test_the_summary_counts_what_stands_in_the_folder(photographs, work, tmp_pat
     output = tmp_path / "out"
     run, jobs = work(skip_existing=True)
     first = folder.restore_all(run, jobs[:2], [])
-    folder.write_summary(output, jobs[:2], first, 0, [])
+    folder.write_summary(output, folder.summarize(output, jobs[:2], first, 0, []))
     counts = folder.restore_all(run, jobs, [])
     folder.check_summary(output)
-    summary = folder.write_summary(output, jobs, counts, 1, [])
+    summary = folder.summarize(output, jobs, counts, 1, [])
+    folder.write_summary(output, summary)
     folder.check_summary(output)
     assert summary == json.loads((output / "summary.json").read_bytes())
     assert (summary["restored"], summary["kept"], summary["ignored"]) == (3, 2, 1)
@@ -782,12 +859,14 @@ def test_the_summary_counts_what_stands_in_the_folder(photographs, work, tmp_pat
     assert lines[1].startswith("restored 3, kept 2, made by others 0, failed 1; ") and len(lines) == 2
     assert str(tmp_path) not in json.dumps(summary)
     # The same two processes, had they run at the same time.
-    folder.write_summary(output, jobs[:2], first | {"ended": counts["ended"]}, 0, [])
-    together = folder.write_summary(output, jobs, counts, 1, [])["folder"]
+    same_time = first | {"ended": counts["ended"]}
+    folder.write_summary(output, folder.summarize(output, jobs[:2], same_time, 0, []))
+    together = folder.summarize(output, jobs, counts, 1, [])["folder"]
     assert (together["started"], together["restored"]) == (first["started"], 5)
-    (output / "summary.json").write_text('{"of": "somebody else"}')
-    with pytest.raises(ValueError, match=r"summary\.json: is no summary of restored photographs"):
-        folder.check_summary(output)
+    for foreign in ('{"of": "somebody else"}', '{"folder": {}}', '{"ended": 5, "folder": {"started": ""}}'):
+        (output / "summary.json").write_text(foreign)
+        with pytest.raises(ValueError, match=r"summary\.json: is no summary of restored photographs"):
+            folder.check_summary(output)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -802,6 +881,35 @@ def test_side_by_side(photographs, restore, tmp_path):
     assert both.shape == (16, 20 + comparison.GAP + 20, 3)
     np.testing.assert_array_equal(both[:, 20 + comparison.GAP :], result)
     np.testing.assert_array_equal(both[:, 20 : 20 + comparison.GAP], 255)
+
+
+@pytest.mark.parametrize("flags", [{"skip_existing": True}, {"overwrite": True}], ids=str)
+def test_a_comparison_that_results_lack_is_made_of_them(photographs, restore, tmp_path, flags):
+    output = tmp_path / "out"
+    restore(compare="side-by-side")
+    expected = (output / "a_compare.png").read_bytes()
+    (output / "a_compare.png").unlink()
+    (output / "b_compare.png").unlink()
+    (output / "b.png").write_bytes(b"no picture")
+    provenance.record_path(output / "b.png").unlink()
+    counts = restore(compare="side-by-side", **flags)
+    assert (output / "a_compare.png").read_bytes() == expected
+    if "overwrite" in flags:
+        assert (counts["restored"], counts["kept"], counts["failed"]) == (1, 4, [])
+    else:
+        (failure,) = counts["failed"]
+        assert (counts["kept"], failure["input"]) == (4, "b.jpg")
+        assert failure["reason"].startswith("b.png: not an image")
+
+
+def test_a_comparison_replaces_nobodys_file(photographs, restore, tmp_path):
+    foreign = tmp_path / "out" / "a_compare.png"
+    touch(foreign)
+    counts = restore(compare="side-by-side", skip_existing=True)
+    reason = "a_compare.png: exists already; use --overwrite to replace it"
+    assert counts["failed"] == [{"input": "a.png", "output": "a.png", "reason": reason}]
+    assert foreign.read_bytes() == b"" and counts["restored"] == 4
+    assert restore(compare="side-by-side", overwrite=True)["restored"] == 1 and foreign.read_bytes()
 
 
 class Page(HTMLParser):

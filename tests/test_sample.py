@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -273,6 +274,26 @@ def test_a_signal_ends_a_run_with_its_summary(photograph, restore, tmp_path, mon
     assert status == 128 + number and out.startswith("restored 1, kept 0, made by others 0, failed 0; ")
     assert pictures(tmp_path / "out") == ["a.png"]
     assert json.loads((tmp_path / "out" / "summary.json").read_bytes())["folder"]["done"] == 1
+
+
+def test_a_full_disk_ends_a_run_with_its_counts(photograph, restore, tmp_path, monkeypatch):
+    """The summary has no room either; its lines are printed."""
+    for name in ("a.png", "b.png", "c.png"):
+        write_image(tmp_path / "in" / name, photograph)
+    replace, output = os.replace, tmp_path / "out"
+
+    def replace_until_full(source, target):
+        if (output / "a.png").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_until_full)
+    status, out, err = restore("--input", tmp_path / "in", "--output", output, "--scale", "1")
+    assert status == 2 and err.endswith("cannot be written (No space left on device)")
+    told = out.splitlines()
+    assert told[0] == "failed: b.png: the disk is full"
+    assert told[1].startswith("restored 1, kept 0, made by others 0, failed 1; ")
+    assert pictures(output) == ["a.png"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -566,7 +587,8 @@ def test_what_the_memory_does_not_hold_is_refused_before_it_starts(photo, restor
             0.01,
             r"600 x 480 pixels need \S+ GiB to \w+, beside the weights, and 0\.0[01] GiB are free; the largest .* is",
         ),
-        (0, "memory of 0 GiB is not above 0"),
+        (0, "memory of 0 GiB is not a positive number"),
+        ("inf", "memory of inf GiB is not a positive number"),
     ):
         status, _, err = restore("--input", photo, "--output", output, "--scale", 20, "--memory-gib", memory)
         assert status == 2

@@ -2,6 +2,7 @@
 
 import importlib.util
 import ipaddress
+import math
 import os
 import socket
 import sys
@@ -38,8 +39,8 @@ def serve(
         allowed_host: another name that browsers may call this server by, as that of a proxy; may be given several times
     """
     for name, value in (("max_file_mb", max_file_mb), ("max_megapixels", max_megapixels)):
-        if not value > 0:
-            raise ValueError(f"{name} {value:g} is not above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} {value:g} is not a positive number")
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(
             'the page needs gradio, which this Python lacks; pip install -e ".[app]" installs it'

@@ -6,7 +6,7 @@ import itertools
 import os
 from pathlib import Path
 
-from zipir_jax.command_line import cache_compiled_programs, load_config, parse, run
+from zipir_jax.command_line import cache_compiled_programs, load_config, memory_bytes, parse, run
 from zipir_jax.config import MODELS, DegradationConfig, LossConfig, TrainConfig, check_seed
 from zipir_jax.files import check_replaceable, check_writable
 
@@ -188,7 +188,7 @@ def memory(
     from zipir_jax.measure.timing import default_platform, in_own_process
 
     model, settings, sizes = _asked(model, settings, sizes, default_platform(), (1024, 2048, 4096), output)
-    limit = None if memory_gib is None else int(memory_gib * 2**30)
+    limit = memory_bytes(memory_gib)
     rows = []
     for setting, size in itertools.product(settings, sizes):
         row = in_own_process(measure.restore_memory, model, setting, size, limit)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import math
 import os
 import platform
 import re
@@ -65,6 +66,13 @@ def _deferred(function):
         return functools.partial(function, *args, **kwargs)
 
     return bind
+
+
+def memory_bytes(gib: float | None) -> int | None:
+    """Bytes of what --memory-gib gives. Raises ValueError for what is no amount of memory."""
+    if gib is not None and not 0 < gib < math.inf:
+        raise ValueError(f"memory of {gib:g} GiB is not a positive number")
+    return None if gib is None else int(gib * 2**30)
 
 
 def load_config(path: str | Path) -> TrainConfig:

@@ -36,22 +36,25 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
         file = temporary.open("xb")
     except OSError as error:
-        raise _refusal(error)(f"{path.parent}: cannot be written to ({error.strerror})") from None
+        raise refusal(error)(f"{path.parent}: cannot be written to ({error.strerror})") from None
     try:
         with file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave an empty file in the place of the old one
         os.replace(temporary, path)
+    except DiskFullError:  # of another file
+        raise
     except (OSError, ValueError) as error:  # Pillow's encoders raise either
         reason = getattr(error, "strerror", None) or error
-        raise _refusal(error)(f"{path}: cannot be written ({reason})") from None
+        raise refusal(error)(f"{path}: cannot be written ({reason})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _refusal(error):
-    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or isinstance(
-        error, DiskFullError
-    )
+def refusal(error: Exception) -> type[ValueError]:
+    """The class of what is raised for an error in writing."""
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return DiskFullError if is_full else ValueError
 
 

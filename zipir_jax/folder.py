@@ -20,6 +20,9 @@ import hashlib
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -32,7 +35,14 @@ from filelock import FileLock, Timeout
 from zipir_jax import comparison, provenance
 from zipir_jax.colour import correct_colour
 from zipir_jax.config import RestorationConfig, TargetConfig
-from zipir_jax.files import DiskFullError, check_replaceable, check_writable, remove_unfinished, replacing
+from zipir_jax.files import (
+    DiskFullError,
+    check_replaceable,
+    check_writable,
+    refusal,
+    remove_unfinished,
+    replacing,
+)
 from zipir_jax.imageio import IMAGE_SUFFIXES, distinct_names, resize, upright_size, visible_files
 from zipir_jax.photograph import (
     OUTPUT_FORMATS,
@@ -49,7 +59,15 @@ SUMMARY = "summary.json"
 LONGEST_NAME = 255  # bytes, of nearly all file systems
 # That records, and the temporary files of `files.replacing`, add to a result's name.
 LONGEST_ENDING = len(".") + len(".json") + len(".12345678")
-CRASHES = 2  # of processes that read a photograph, after which it is read no more
+CRASHES = ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV")  # SIGKILL has other causes than a photograph
+# A program that reads one.
+READ = """
+import sys
+from zipir_jax.imageio import raise_pixel_limit
+from zipir_jax.photograph import read_photograph
+raise_pixel_limit()
+read_photograph(sys.argv[1])
+"""
 POLL = 0.5  # seconds between looks at pictures that other processes hold
 
 
@@ -185,6 +203,11 @@ def check_outputs(jobs: list[Job], may_exist: bool) -> None:
         check_writable(folder)
 
 
+def is_there(path: Path) -> bool:
+    """Whether a result, or a comparison, stands; an empty file, as power cuts leave them, is none."""
+    return os.path.isfile(path) and os.path.getsize(path) > 0
+
+
 def _identity(path):
     """Equal for two paths of the same file, through links and any spelling of the name."""
     status = os.stat(path)
@@ -260,14 +283,15 @@ def restore_all(
 
     stopped: ends the run once it is not empty; what is being written is finished, the picture in work dropped. report
     is told a picture's name, how many outputs are done, the parts of one among them, and the phase; complain, each
-    failure. Raises DiskFullError where no further picture could be written.
+    failure. "error" is the exception that ended the run early, as a DiskFullError where no further picture could be
+    written, or None.
     """
     from zipir_jax.restorer import PHASES
 
     counts = Counter()
     failed, not_kept, reached = [], [], 0
     before = {path: _state(path) for job in jobs for path in job.outputs}
-    over = threading.Event()
+    over, ended_by = threading.Event(), None
     start, started = time.monotonic(), provenance.now()
 
     def tell(name, done, phase):
@@ -295,8 +319,8 @@ def restore_all(
             except DiskFullError:
                 settle(job, index, "failed", "the disk is full")
                 raise
-            except (ValueError, OSError, MemoryError) as error:
-                settle(job, index, "failed", str(error) or "the memory does not hold it")
+            except Exception as error:
+                settle(job, index, "failed", _reason(error))
             else:
                 settle(job, index, "restored")
                 if lost:
@@ -353,12 +377,10 @@ def restore_all(
                             continue
                         try:
                             restored, seconds = restore(taken, index)
-                        except ValueError as error:
-                            settle(taken.job, index, "failed", str(error))
-                            continue
-                        except (RuntimeError, MemoryError) as error:  # the device's, of this picture
-                            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-                            settle(taken.job, index, "failed", reason)
+                        except StoppedError:
+                            raise
+                        except Exception as error:  # the device's too, of this picture
+                            settle(taken.job, index, "failed", _reason(error))
                             continue
                         settle_written()
                         future = writer.submit(write_output, run, taken, index, restored, seconds)
@@ -367,13 +389,18 @@ def restore_all(
                 finally:
                     writer.submit(_release, taken)  # after what is being written of it
                 del taken
-            settle_written()
         except StoppedError:
-            settle_written()
+            pass
+        except Exception as error:
+            ended_by = error
         finally:
             over.set()
             with contextlib.suppress(Exception):
                 _release(ahead.result())
+    try:
+        settle_written()
+    except DiskFullError as error:
+        ended_by = error
     if run.locks is not None:
         with contextlib.suppress(OSError):  # where others hold some
             run.locks.rmdir()
@@ -388,6 +415,7 @@ def restore_all(
             for job, index, reason in remaining
         ],
         "not_kept": not_kept,
+        "error": ended_by,
         "started": started,
         "ended": provenance.now(),
         "seconds": round(seconds, 1),
@@ -400,9 +428,10 @@ def take_all(
 ) -> Iterator[Taken]:
     """The jobs, as far as this process gets hold of them; at last those that other processes leave undone.
 
-    before: `_state` of all outputs as the run began.
+    before: `_state` of all outputs as the run began. Photographs at which a process ended come last: should one of them
+    end this process as well, all others are made.
     """
-    remaining = jobs
+    remaining = sorted(jobs, key=lambda job: _is_claimed(run, job))
     while remaining:
         held = []
         for job in remaining:
@@ -426,32 +455,49 @@ def _take(run, job, before):
         _check_source(job)
         if not run.overwrite:
             settled = _settled(run, job, before)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         return _failed(job, error)
-    was_claimed = run.locks is not None and _lock_file(run.locks, job).exists()
-    if len(settled) == len(job.outputs) and not was_claimed:
+    was_claimed = _is_claimed(run, job)
+    if len(settled) == len(job.outputs) and not was_claimed and not _uncompared(job, settled):
         return Taken(job, settled)
     if run.locks is not None and (lock := _claim(run.locks, job)) is None:
         return None
     try:
-        if was_claimed:  # by a process that was killed, as a release removes the file
+        if was_claimed or lock is None:  # by a process that was killed, as a release removes the file
             for path in (*job.outputs, *job.comparisons, *map(provenance.record_path, job.outputs)):
                 remove_unfinished(path)
         # Again: another process may have made it between the look and the claim.
         settled = _settled(run, job, before)
+        compared = {index: settled.pop(index) for index in _uncompared(job, settled)}
         if len(settled) == len(job.outputs):
             return Taken(job, settled, lock)
-        with _attempt(job, lock):
-            return _read(run, job, settled, lock)
-    except (ValueError, OSError, MemoryError) as error:
+        if was_claimed and (crash := _crash(job)):
+            lock.release()  # its file stays: in the next run this is asked again
+            return _failed(job, ValueError(f"reading it crashes the program ({crash})"), settled)
+        for index in compared:
+            _compare(run, job, index)
+        settled |= compared
+        if len(settled) == len(job.outputs):
+            return Taken(job, settled, lock)
+        return _read(run, job, settled, lock)
+    except DiskFullError:
+        _release(Taken(job, settled, lock))
+        raise
+    except Exception as error:
         return _failed(job, error, settled, lock)
 
 
+def _reason(error):
+    """What is said of a picture's failure."""
+    if isinstance(error, MemoryError):
+        return "the image does not fit into memory"
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
 def _failed(job, error, settled=None, lock=None):
-    if isinstance(error, OSError):
-        reason = f"cannot be read ({error.strerror})"
-    else:
-        reason = str(error) or "the image does not fit into memory"
+    reason = f"cannot be read ({error.strerror or error})" if isinstance(error, OSError) else _reason(error)
     return Taken(job, dict.fromkeys(range(len(job.outputs)), ("failed", reason)) | (settled or {}), lock)
 
 
@@ -470,7 +516,7 @@ def _settled(run, job, before):
     settled = {}
     for index, output in enumerate(job.outputs):
         state = _state(output)
-        if state is None:
+        if state is None or (run.skip_existing and not is_there(output)):
             continue
         is_new = state != before[output]
         found = provenance.read_record(output)
@@ -522,6 +568,10 @@ def target_of(run: Run, size: tuple[int, int]) -> tuple[int, int]:
     return target_pixels(run.target, size)
 
 
+def _is_claimed(run, job):
+    return run.locks is not None and _lock_file(run.locks, job).exists()
+
+
 def _lock_file(locks, job):
     return locks / f"{hashlib.sha256(os.fsencode(job.name)).hexdigest()[:32]}.lock"
 
@@ -540,7 +590,7 @@ def _claim(locks, job):
             # Another process was through and removed the folder, between two system calls; or, on NFS, the file.
             if error.errno in (errno.ENOENT, errno.EEXIST, errno.ESTALE) and not locks.is_file():
                 continue
-            raise ValueError(f"{locks}: files cannot be locked here ({error.strerror})") from None
+            raise refusal(error)(f"{locks}: files cannot be locked here ({error.strerror})") from None
         return lock
 
 
@@ -552,28 +602,29 @@ def _release(taken):
     taken.lock.release()
 
 
-@contextlib.contextmanager
-def _attempt(job, lock):
-    """Within it, a photograph is read. Raises ValueError where that ended CRASHES processes before.
+def _crash(job):
+    """The signal of a crash by which a process ends that reads the photograph; None where it does not.
 
-    A decoder that crashes takes the process along, and would do so in each run. What stays is the file beside the
-    claim, with a line for each time that the photograph, as it is now, was begun with.
+    A decoder that crashes takes the process along, and would do so in each run.
     """
-    if lock is None:
-        yield
-        return
-    begun, status = Path(lock.lock_file).with_suffix(".begun"), os.stat(job.source)
-    photograph = f"{status.st_size} bytes, changed at {status.st_mtime_ns}"
-    lines = begun.read_text().splitlines() if begun.exists() else []
-    if lines.count(photograph) >= CRASHES:
-        raise ValueError(
-            f"{job.source}: reading it ended the program {CRASHES} times; it is tried again once {LOCKS} is deleted"
-        )
-    begun.write_text("\n".join([*lines, photograph]))
-    try:
-        yield
-    finally:
-        begun.unlink()
+    reading = subprocess.run(
+        [sys.executable, "-c", READ, job.source], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    return next((name for name in CRASHES if -reading.returncode == getattr(signal, name)), None)
+
+
+def _uncompared(job, settled):
+    """Outputs that stand, but not their comparisons."""
+    if not job.comparisons:
+        return []
+    return [i for i, (kind, _) in settled.items() if kind != "failed" and not is_there(job.comparisons[i])]
+
+
+def _compare(run, job, index):
+    """Write the comparison of an output that stands."""
+    before, after = (read_photograph(path).pixels for path in (job.source, job.outputs[index]))
+    with replacing(job.comparisons[index]) as file:
+        file.write(_comparison(run, job, index, resize(before, *after.shape[:2]), after))
 
 
 def _read(run, job, settled, lock):
@@ -585,9 +636,13 @@ def _read(run, job, settled, lock):
         if index not in settled:
             check_output(output, target)
             check_replaceable(output)
+            if run.overwrite or provenance.read_record(output) is not None:
+                continue
             record = provenance.record_path(output)
-            if os.path.lexists(record) and not run.overwrite and provenance.read_record(output) is None:
+            if os.path.lexists(record):
                 raise ValueError(f"{record.name}: exists already and is no record of a result")
+            if job.comparisons and os.path.lexists(comparison := job.comparisons[index]):
+                raise ValueError(f"{comparison.name}: {EXISTS}")
     _plan(run, job, size, target)
     with job.source.open("rb") as file:
         changed, data = os.fstat(file.fileno()).st_mtime_ns, file.read()
@@ -655,8 +710,8 @@ def write_output(
         for path, content in contents.items():
             file = stack.enter_context(replacing(path))
             file.write(content)
-            file.flush()
-        # All is on the disk, and takes its place in reverse order: the result, whose being there says that all is done,
+            file.flush()  # what the disk does not hold is known before the old result goes
+        # All is written, and takes its place in reverse order: the result, whose being there says that all is done,
         # comes last. One that stood there goes first: it never stands beside the record of another.
         Path(os.path.realpath(output)).unlink(missing_ok=True)
     return not_kept
@@ -699,28 +754,30 @@ def _read_summary(path):
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("folder"), dict) else None
+    if not isinstance(found, dict) or not isinstance(found.get("folder"), dict):
+        return None
+    times = found.get("ended"), found["folder"].get("started")
+    return found if all(isinstance(time, str) for time in times) else None
 
 
-def write_summary(folder: Path, jobs: list[Job], counts: dict, ignored: int, unreadable: list[str]) -> dict:
-    """Write what this process did, and what stands in the folder, whoever made it, by its records; returns it.
+def summarize(folder: Path, jobs: list[Job], counts: dict, ignored: int, unreadable: list[str]) -> dict:
+    """What this process did, and what stands in the folder, whoever made it, by its records.
 
     counts: of `restore_all`. Of processes that shared the folder the last one has seen what became of every picture.
     """
-    path = folder / SUMMARY
     started = counts["started"]
-    earlier = _read_summary(path) or {}
+    earlier = _read_summary(folder / SUMMARY) or {}
     if earlier.get("ended", "") > started:  # of a process that ran at the same time
         started = min(started, earlier["folder"]["started"])
     seconds, done, restored = Counter(), 0, 0
     for output in (output for job in jobs for output in job.outputs):
-        if os.path.exists(output):
+        if is_there(output):
             done += 1
             found = provenance.read_record(output) or {}
             restored += found.get("finished", "") >= started
             seconds.update(found.get("seconds", {}))
-    summary = {
-        **counts,
+    return {
+        **{name: count for name, count in counts.items() if name != "error"},
         "ignored": ignored,
         "unreadable_folders": unreadable,
         "folder": {
@@ -731,9 +788,12 @@ def write_summary(folder: Path, jobs: list[Job], counts: dict, ignored: int, unr
             "seconds": {phase: round(spent, 1) for phase, spent in seconds.items()},
         },
     }
-    with replacing(path) as file:
+
+
+def write_summary(folder: Path, summary: dict) -> None:
+    """Raises ValueError as `replacing`."""
+    with replacing(folder / SUMMARY) as file:
         file.write(provenance.as_json(summary))
-    return summary
 
 
 def not_kept_lines(counts: dict) -> list[str]:

@@ -240,11 +240,12 @@ def _session_of_message(body, visitors, visitor):
         raise HTTPException(413, f"More than {LARGEST_MESSAGE} bytes.")
     try:
         message = json.loads(body)
-    except ValueError:
+        paths = list(_paths(message))
+    except (ValueError, RecursionError):
         raise HTTPException(400, "No JSON.") from None
     if not isinstance(message, dict) or not isinstance(message.get("session_hash"), str):
         raise HTTPException(400, "No message of the page.")
-    if not all(isinstance(path, str) and visitors.owns(path, visitor) for path in _paths(message)):
+    if not all(isinstance(path, str) and visitors.owns(path, visitor) for path in paths):
         raise HTTPException(403, "That file is not one that you have uploaded.")
     return message["session_hash"]
 
@@ -280,6 +281,8 @@ async def _upload(request, visitors, visitor, name, largest_file):
         )
     except MultiPartException as error:
         raise HTTPException(413 if "maximum allowed size" in error.message else 400, error.message) from None
+    except TypeError:  # gradio's, of what has no name
+        raise HTTPException(400, "An upload has to be a file with a name.") from None
     finally:
         visitors.uploading.remove(coming)
         if not paths:

@@ -1,6 +1,7 @@
 """The web page: what is on it and what its buttons do.
 
-Files come from browsers as bytes. Their names are shown and become names of downloads; no path is ever made of them.
+Files come from browsers as bytes. Their names are shown, and become names of results, as `shown_name` leaves them:
+without folders, not hidden. Paths that a browser names are those of its own uploads (guard.py).
 """
 
 import collections
@@ -15,6 +16,7 @@ import secrets
 import shutil
 import threading
 import time
+import traceback
 import typing
 import unicodedata
 import zipfile
@@ -58,6 +60,7 @@ SIZES = {
     "Megapixels": "megapixels",
 }  # as shown: field of TargetConfig
 NO_MEMORY = "The server has not enough memory for this size; choose a smaller one."
+FAILED = "The server could not restore this photograph."
 DOING = {"encode": "Reading the photograph", "denoise": "Restoring", "decode": "Drawing the result"}
 # One suffix for each format, the one that most files have.
 FORMATS = {file_format: suffix.removeprefix(".") for suffix, file_format in reversed(OUTPUT_FORMATS.items())}
@@ -233,7 +236,8 @@ def restore_one(
     """Restore an upload, which is shown and recorded by a name, into a file of the job's folder.
 
     tell(sentence, done) is told how far it is. Returns the file's path, its record (provenance.py), and what
-    show(before=photograph, after=restored) returns. Raises ValueError with a sentence, OSError, and CancelledError.
+    show(before=photograph, after=restored) returns. Raises ValueError with a sentence, CancelledError, and whatever
+    befalls the device or the server's files; see `reason`.
     """
     seconds, begun = {}, 0.0
 
@@ -291,10 +295,15 @@ def restore_one(
 
 
 def reason(error: Exception) -> str:
-    """What a person is told of an error; the text of an OSError names files of the server."""
+    """What a person is told of an error; the texts of others than ValueErrors tell of the server."""
+    if isinstance(error, ValueError):
+        return str(error)
     if isinstance(error, OSError):
         return f"The server could not read or write its files: {error.strerror or 'unknown error'}."
-    return str(error)
+    if isinstance(error, MemoryError):
+        return NO_MEMORY
+    traceback.print_exception(error)
+    return FAILED
 
 
 # --------------------------------------------------------------------------------------------------
@@ -381,7 +390,7 @@ def table(rows: list[tuple[str, str, bool]]) -> str:
 
 def build_page(desk: Desk) -> gr.Blocks:
     """The page, to be mounted; see app.py."""
-    with gr.Blocks(title="zipir_jax", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+    with gr.Blocks(title="zipir_jax", analytics_enabled=False) as page:
         gr.HTML("<h1>Restore photographs</h1>", elem_classes="plain")
         with gr.Tab("Photograph"):
             photograph_tab(desk)
@@ -523,7 +532,7 @@ def photograph_tab(desk: Desk) -> None:
             beside.write_bytes(provenance.as_json(made))
         except CancelledError:
             return gr.update(), sentence("Cancelled."), *none, ""
-        except (ValueError, OSError) as error:
+        except Exception as error:
             return gr.update(), sentence(reason(error), is_error=True), *none, ""
         told = [
             f"{written.name}: {made['output']['width']} x {made['output']['height']} pixels.",
@@ -593,7 +602,7 @@ def folder_tab(desk: Desk) -> None:
                     rows[index] = (name, " ".join(["restored.", *record["not_kept"]]), False)
                 except CancelledError:
                     rows[index] = (name, "cancelled", False)
-                except (ValueError, OSError) as error:
+                except Exception as error:
                     rows[index] = (name, reason(error).removeprefix(f"{name}: "), True)
         told = sentence(f"{len(taken)} of {len(names)} restored." + " Cancelled." * work.cancel.is_set())
         download = [gr.update(value=zipped.filename, interactive=True)] if taken else no_downloads([archive])

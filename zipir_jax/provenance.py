@@ -19,7 +19,7 @@ from zipir_jax.photograph import OF_16_BITS, Photograph, output_format
 
 # Settings that change how a result is computed, but not what it shows: it differs by rounding.
 HOW = ("attention", "memory")
-PARTS = ("input", "output", "settings", "weights", "versions")  # of a record, each an object
+PARTS = ("input", "output", "settings", "weights", "versions", "seconds")  # of a record, each an object
 
 
 def settings(
@@ -121,6 +121,10 @@ def read_record(output: Path) -> dict | None:
     is_record = isinstance(found, dict) and all(isinstance(found.get(part), dict) for part in PARTS)
     if not is_record or not isinstance(found["settings"].get("sampling"), dict):
         return None
+    if not isinstance(found.get("finished"), str):
+        return None
+    if not all(isinstance(spent, int | float) for spent in found["seconds"].values()):
+        return None
     sizes = (found[part].get(side) for part in ("input", "output") for side in ("height", "width"))
     return found if all(isinstance(side, int) and side > 0 for side in sizes) else None
 
@@ -163,7 +167,7 @@ def _shown(value):
 
 
 def gives_same_file(found: dict, output: Path, digest: str, settings: dict, weights: dict[str, str]) -> bool:
-    """Whether a run would make a result's file anew byte for byte, on the device that made it, by its record.
+    """Whether a run would make a result's file anew byte for byte, by its record.
 
     The file must be the one that the record tells of.
     """
@@ -171,6 +175,7 @@ def gives_same_file(found: dict, output: Path, digest: str, settings: dict, weig
     return (
         found["input"].get("sha256") == digest
         and all(found[part] == json.loads(json.dumps(wanted[part])) for part in wanted)
+        and found.get("device") == hardware()
         and os.path.isfile(output)
         and found["output"].get("sha256") == file_digest(output)
     )

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import inspect
-import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,7 @@ import tyro
 from tqdm import tqdm
 
 from zipir_jax import folder
-from zipir_jax.command_line import cache_compiled_programs, parse, run
+from zipir_jax.command_line import cache_compiled_programs, memory_bytes, parse, run
 from zipir_jax.config import PRESETS, RestorationConfig, TargetConfig, check_seed
 from zipir_jax.signals import delayed_signals
 
@@ -86,9 +85,7 @@ def restore_files(
     from zipir_jax.weights import check_weights, weights_digest, weights_folder
 
     target_pixels(target, (1, 1))  # a scale or size that no image can have
-    if memory_gib is not None and not memory_gib > 0:
-        raise ValueError(f"memory of {memory_gib:g} GiB is not above 0")
-    memory = None if memory_gib is None else int(memory_gib * 2**30)
+    memory = memory_bytes(memory_gib)
     cache_compiled_programs()
     config = check_weights(weights, NEEDED)
     check_implementation(attention or config.dit.attention, config.dit.compute_dtype)
@@ -99,7 +96,7 @@ def restore_files(
     prompts = prompt_pairs(
         sources, below, weights, config, prompt, negative_prompt, prompt_file, text_encoder
     )
-    to_restore = [job for job in jobs if overwrite or not all(os.path.exists(path) for path in job.outputs)]
+    to_restore = [job for job in jobs if overwrite or not all(map(folder.is_there, job.outputs))]
     pairs = [prompts[job.source] for job in to_restore if prompts[job.source] is not None]
     words = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
     embeddings = embed_prompts(words, weights, config, text_encoder, dry_run)
@@ -137,16 +134,20 @@ def restore_files(
         counts = folder.restore_all(work, jobs, stopped, report, complain)
     failed = counts["failed"]
     if input.is_dir():
-        summary = folder.write_summary(output, jobs, counts, ignored, unreadable)
-        print(*map(printable, folder.summary_lines(summary)), sep="\n")
+        summary = folder.summarize(output, jobs, counts, ignored, unreadable)
+        # Before it is written, for which there may be no space.
+        print(*map(printable, folder.summary_lines(summary)), sep="\n", flush=True)
+        folder.write_summary(output, summary)
     else:
         for path in jobs[0].outputs:
             if path.name not in [failure["output"] for failure in failed] and path.exists():
                 print(path)
         for line in folder.not_kept_lines(counts):
             print(printable(line), file=sys.stderr)
-        if failed:
-            raise ValueError(f"{input}: {failed[0]['reason']}")
+    if counts["error"] is not None:
+        raise counts["error"]
+    if failed and not input.is_dir():
+        raise ValueError(f"{input}: {failed[0]['reason']}")
     if stopped:
         return 128 + stopped[0]
     return 1 if failed or unreadable else 0
