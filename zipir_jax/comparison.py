@@ -102,4 +102,4 @@ def slider_html(
 def _data_uri(image):
     encoded = io.BytesIO()
     Image.fromarray(to_uint8(image)).save(encoded, "JPEG", quality=JPEG_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(encoded.getbuffer()).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"

@@ -688,13 +688,15 @@ def write_output(
     result = photograph.with_pixels(restored)
     encoded = io.BytesIO()
     not_kept = write_photograph(encoded, result, output_format(output))
+    # Not `getbuffer`: where the garbage collector meets it in a cycle, as of a traceback, Python 3.12.1 crashes.
+    encoded = encoded.getvalue()
     seconds = seconds | {"write": time.monotonic() - start}
     record = provenance.record(
         job.name,
         taken.source["sha256"],
         photograph,
         output.name,
-        encoded.getbuffer(),
+        encoded,
         result,
         run.settings(job, index),
         run.weights,
@@ -702,7 +704,7 @@ def write_output(
         not_kept,
     )
     record["input"] |= taken.source
-    contents = {output: encoded.getbuffer()}
+    contents = {output: encoded}
     if run.compare is not None:
         contents[job.comparisons[index]] = _comparison(run, job, index, taken.enlarged, result.pixels)
     contents[provenance.record_path(output)] = provenance.as_json(record)
@@ -724,7 +726,7 @@ def _comparison(run, job, index, before, after):
     encoded = io.BytesIO()
     both = Photograph(comparison.side_by_side(before, after))
     write_photograph(encoded, both, output_format(job.comparisons[index]))
-    return encoded.getbuffer()
+    return encoded.getvalue()
 
 
 def _state(path):

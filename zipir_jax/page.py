@@ -273,9 +273,10 @@ def restore_one(
         begun, encoded = time.monotonic(), io.BytesIO()
         written = job.folder / output_name(name, job.target, result, job.file_format)
         not_kept = write_photograph(encoded, restored, output_format(written))
+        encoded = encoded.getvalue()
         seconds["write"] = time.monotonic() - begun
-        desk.visitors.check_room(job.visitor, encoded.getbuffer().nbytes)
-        written.write_bytes(encoded.getbuffer())
+        desk.visitors.check_room(job.visitor, len(encoded))
+        written.write_bytes(encoded)
         made_with = provenance.settings(
             job.target, job.restoration, job.seed, desk.restorer.config.dit.attention, None, *desk.prompts
         )
@@ -284,7 +285,7 @@ def restore_one(
             hashlib.sha256(data).hexdigest(),
             photograph,
             written.name,
-            encoded.getbuffer(),
+            encoded,
             restored,
             made_with,
             desk.weights,

@@ -54,7 +54,7 @@ def record(
     digest: str,
     photograph: Photograph,
     output: str,
-    encoded: bytes | memoryview,
+    encoded: bytes,
     result: Photograph,
     settings: dict,
     weights: dict[str, str],
