@@ -186,7 +186,8 @@ def test_restore_slide_download(visit):
     drop(page, ("harbour.jpg", photograph(exif=exif)))
     picture = page.locator(".picture img")
     picture.wait_for()
-    assert picture.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [32, 48]  # upright
+    playwright.expect(picture).to_have_js_property("naturalWidth", 32)  # upright, once it is loaded
+    playwright.expect(picture).to_have_js_property("naturalHeight", 48)
     set_scale(page, 2)
     page.get_by_text("32 x 48 to 64 x 96 pixels").wait_for()
     press(page, "Restore")
