@@ -297,6 +297,8 @@ def restore_all(
                 raise
             except (ValueError, OSError, MemoryError) as error:
                 settle(job, index, "failed", str(error) or "the memory does not hold it")
+            except Exception as error:  # an encoder's; the others go on
+                settle(job, index, "failed", f"{type(error).__name__}: {error}".partition("\n")[0])
             else:
                 settle(job, index, "restored")
                 if lost:

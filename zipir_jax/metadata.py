@@ -35,7 +35,7 @@ def exif_density(exif: bytes) -> tuple[float, float] | None:
         loaded.load(exif)
         unit = {2: 1, 3: 2.54}[loaded.get(ExifTags.Base.ResolutionUnit, 2)]
         x, y = (unit * float(loaded[tag]) for tag in (ExifTags.Base.XResolution, ExifTags.Base.YResolution))
-        return (x, y) if x > 0 and y > 0 else None
+        return (x, y) if 0 < x < 2**32 and 0 < y < 2**32 else None  # what other files have room for
     except Exception:  # Pillow's readers of EXIF data raise nearly anything
         return None
 
@@ -52,7 +52,8 @@ def corrected_exif(exif: bytes, height: int, width: int) -> bytes | None:
         return exif
     entries, after = directory(exif, order, *struct.unpack_from(order + "I", exif, 4))
     turned = False
-    inner = [value for _, tag, _, _, value in entries if tag == ExifTags.IFD.Exif]
+    # One alone: damaged data may name many, each as long as all.
+    inner = [value for _, tag, _, _, value in entries if tag == ExifTags.IFD.Exif][-1:]
     for start in inner:
         entries += directory(exif, order, start)[0]
     for at, tag, kind, _, _ in entries:
@@ -192,8 +193,11 @@ def _text(xmp):
 
 
 def _property(names):
-    """Pattern of what stands before the value of a property, an attribute or an element."""
-    return rf"(?:{names})(?:\s*=\s*[\"']|(?:\s[^<>]*)?>)\s*"
+    """Pattern of what stands before the value of a property, an attribute or an element.
+
+    An element is sought from its "<", which `[^<>]` ends at: from its name alone each would be read to the end of all.
+    """
+    return rf"(?:(?<!\s)\s+(?:{names})\s*=\s*[\"']|<(?:{names})(?:\s[^<>]*)?>)\s*"
 
 
 def _without_properties(text, names):
