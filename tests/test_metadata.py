@@ -114,6 +114,14 @@ def test_where_the_subject_is_leaves_exif_data():
     assert corrected[:start] == before[:start] and corrected[places:] == before[places:]
 
 
+def test_the_size_is_corrected_in_the_interoperability_directory():
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA005] = {1: "R98", 0x1001: 40, 0x1002: 24}
+    loaded = Image.Exif()
+    loaded.load(corrected_exif(exif.tobytes().removeprefix(b"Exif\0\0"), height=1200, width=800))
+    assert loaded.get_ifd(0xA005) == {1: "R98", 0x1001: 800, 0x1002: 1200}
+
+
 def test_the_density_of_exif_data_is_in_inches():
     for unit, x, expected in [
         (2, 300.0, 300),
