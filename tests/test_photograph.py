@@ -302,6 +302,9 @@ def test_what_of_a_file_is_not_read_is_named_with_the_result(smooth):
     first.save(several := io.BytesIO(), "HEIF", save_all=True, append_images=[first])
     several = read_photograph("a.heic", several.getvalue())
     assert several.lost == ("other pictures of the file (1): the primary one is restored",)
+    write_photograph(turned := io.BytesIO(), Photograph(to_float(smooth), exif=exif_data(6)), "AVIF")
+    (lost,) = read_photograph("a.avif", turned.getvalue()).lost  # the file itself says that it is upright
+    assert lost == "what the maker note points to: the EXIF data had to be packed anew"
     panorama = b'<x GPano:FullPanoWidthPixels="9" dc:title="t"/>'
     photo = read_photograph("a.jpg", encoded(image, "JPEG", xmp=panorama))
     assert photo.xmp == b'<x dc:title="t"/>' and "panorama" in photo.lost[0]

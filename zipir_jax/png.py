@@ -12,9 +12,8 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 OF_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 KEYWORD = re.compile(rb"[\x20-\x7e\xa1-\xff]{1,79}\0")  # of a text
 RAW_PROFILE = re.compile(rb"Raw profile type (?:exif|app1|xmp|iptc|8bim|icc|icm)", re.IGNORECASE)
-IPTC_OF_PHOTOSHOP = (
-    b"8BIM\x04\x04\0\0"  # the head of an image resource, of which the length and IPTC data follow
-)
+# The head of an image resource of Photoshop, of which the length and the IPTC data follow.
+IPTC_OF_PHOTOSHOP = b"8BIM\x04\x04\0\0"
 LARGEST_UNPACKED = 2**25  # bytes of XMP or a profile
 
 
@@ -104,7 +103,6 @@ def _raw_profile(keyword, text):
     except (ValueError, IndexError):
         return None
     kind = keyword.split()[-1].lower()
-    photoshop = content.find(IPTC_OF_PHOTOSHOP) + len(IPTC_OF_PHOTOSHOP)
     if kind in (b"icc", b"icm"):
         return "icc_profile", content
     if kind == b"xmp" or content.startswith(XMP_MARKER):
@@ -113,7 +111,5 @@ def _raw_profile(keyword, text):
         return "exif", content.removeprefix(b"Exif\0\0")
     if content[:1] == b"\x1c":
         return "iptc", content
-    if photoshop >= len(IPTC_OF_PHOTOSHOP):
-        length = int.from_bytes(content[photoshop : photoshop + 4])
-        return "iptc", content[photoshop + 4 : photoshop + 4 + length]
-    return None
+    _, _, resource = content.partition(IPTC_OF_PHOTOSHOP)
+    return ("iptc", resource[4 : 4 + int.from_bytes(resource[:4])]) if resource else None
