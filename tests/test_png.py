@@ -21,8 +21,8 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(*chunks, late=(), rows=ROWS, width=16, height=24, bits=8, colours=2):
-    header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
+def png(*chunks, late=(), rows=ROWS, width=16, height=24, bits=8, colours=2, interlaced=0):
+    header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, interlaced)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), *late, (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
@@ -85,8 +85,24 @@ def test_pixels_are_read_whatever_else_the_file_holds(capfd):
     """Nor does a library print what it thinks of it."""
     profile = b"x\0\0" + zlib.compress(b"garbage" * 30)
     data = png((b"iCCP", profile), (b"gAMA", bytes(4)), (b"tEXt", b"exif\0text"), late=[(b"gAMA", bytes(4))])
-    np.testing.assert_array_equal(read_image_uint8("a.png", data), PICTURE)
+    behind = chunk(b"eXIf", EXIF)  # the file's end
+    np.testing.assert_array_equal(read_image_uint8("a.png", data + behind), PICTURE)
     assert capfd.readouterr() == ("", "")
+
+
+def test_interlaced_files_are_read():
+    rows = b""
+    for y, x, down, right in [
+        (0, 0, 8, 8),
+        (0, 4, 8, 8),
+        (4, 0, 8, 4),
+        (0, 2, 4, 4),
+        (2, 0, 4, 2),
+        (0, 1, 2, 2),
+        (1, 0, 2, 1),
+    ]:
+        rows += b"".join(b"\0" + row.tobytes() for row in PICTURE[y::down, x::right])
+    np.testing.assert_array_equal(read_image_uint8("a.png", png(rows=rows, interlaced=1)), PICTURE)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -36,17 +36,8 @@ LARGEST_PIXELS = LARGEST_SIDE**2  # of a picture that is read: 268 million, as m
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # but restarts, which lie within a scan
 LOSSY = {"JPEG", "MPO", "WEBP", "AVIF", "HEIF"}  # formats that may be
 # What decoders raise where a file's bytes make no sense.
-DAMAGE = (
-    ArithmeticError,
-    EOFError,
-    LookupError,
-    RuntimeError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    zlib.error,
-    tifffile.TiffFileError,
-)
+DAMAGE = (ArithmeticError, EOFError, LookupError, RuntimeError, SyntaxError, ValueError)
+DAMAGE += (struct.error, zlib.error, tifffile.TiffFileError)
 SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
 
 
@@ -248,9 +239,8 @@ def decode(file: io.BufferedIOBase) -> Decoded:
     if use == "to sRGB":
         pixels = _clipped_to_srgb(pixels, profile)
         profile, use = (icc.coded_profile(1, 13), "sRGB") if pixels.shape[2] == 3 else (None, None)
-    if pixels.shape[2] == 3 and _is_grey(
-        pixels, 1 if file_format in LOSSY and pixels.dtype == np.uint8 else 0
-    ):
+    tolerance = 1 if file_format in LOSSY and pixels.dtype == np.uint8 else 0
+    if pixels.shape[2] == 3 and _is_grey(pixels, tolerance):
         if use == "both ways":
             pixels = _clipped_to_srgb(pixels, profile)
         pixels, use = np.ascontiguousarray(pixels[..., 1:2]), None  # a profile of colours is none of grey
@@ -283,9 +273,7 @@ def _read_tiff(file):
         lost = _lost_of_packed(info["exif"])
         more = page.samplesperpixel - tiff.CHANNELS[page.photometric] - (alpha is not None)
         if more:
-            lost += (
-                f"{more} of the channels: what they are, the file does not say, or it is no transparency",
-            )
+            lost += (f"{more} of the channels: neither colours nor transparency, as the file has it",)
         return Stored(pixels, alpha, "TIFF", *_metadata(file, info), orientation, lost)
 
 

@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 
+from zipir_jax.files import RefusedError
 from zipir_jax.metadata import XMP_MARKER
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -30,6 +31,8 @@ def read_beside_pixels(file: io.BufferedIOBase) -> dict:
             continue
         file.seek(at)
         data = file.read(length)
+        if len(data) < length:
+            break
         if kind == b"eXIf":
             found["exif"] = data
         elif kind == b"cICP":
@@ -52,23 +55,27 @@ def read_beside_pixels(file: io.BufferedIOBase) -> dict:
 
 
 def of_pixels(file: io.BufferedIOBase) -> bytes:
-    """A PNG file of the chunks alone that its pixels are decoded from: libpng prints what it thinks of others."""
+    """A PNG file of the chunks alone that its pixels are decoded from: libpng prints what it thinks of others.
+
+    Raises RefusedError for a file that ends within one of these.
+    """
     parts = [SIGNATURE]
     for kind, at, length in _chunks(file):
         if kind in OF_PIXELS:
             file.seek(at - 8)
             parts.append(file.read(length + 12))
+            if len(parts[-1]) < length + 12:
+                raise RefusedError("the image is damaged (a PNG file that is cut off)")
     return b"".join(parts)
 
 
 def _chunks(file) -> Iterator[tuple[bytes, int, int]]:
-    """(kind, offset of its data, their length) of the chunks, to the first that the file does not hold whole."""
-    at, size = len(SIGNATURE), file.seek(0, io.SEEK_END)
-    while at + 12 <= size:
+    """(kind, offset of its data, their length) of the chunks, of which the file may not hold the last one whole."""
+    at, size, kind = len(SIGNATURE), file.seek(0, io.SEEK_END), b""
+    while at + 12 <= size and kind != b"IEND":
         file.seek(at)
         length, kind = struct.unpack(">I4s", file.read(8))
-        if at + length + 12 <= size:
-            yield kind, at + 8, length
+        yield kind, at + 8, length
         at += length + 12  # and the checksum
 
 
