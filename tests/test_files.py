@@ -47,6 +47,8 @@ def test_neither_a_folder_nor_a_pipe_is_replaced(tmp_path):
     for name in ("pipe", "folder"):
         with pytest.raises(ValueError, match=f"{name}: exists and is not a regular file"):
             write(tmp_path / name, b"")
+    with pytest.raises(ValueError, match="File name too long"):
+        write(tmp_path / ("x" * 300), b"")
     assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
 
 

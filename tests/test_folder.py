@@ -575,21 +575,24 @@ def test_names_that_are_no_text(tmp_path, restore):
     assert made == set(names)
 
 
-def test_an_error_in_writing_belongs_to_its_picture(photographs, restore, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"), [(ValueError("no"), "no"), (OverflowError("too large"), "OverflowError: too large")]
+)
+def test_an_error_in_writing_belongs_to_its_picture(photographs, restore, monkeypatch, error, reason):
     write = folder.write_output
 
     def failing(run, taken, *arguments):
         if taken.job.name == "b.jpg":
-            raise ValueError("no")
+            raise error
         write(run, taken, *arguments)
 
     monkeypatch.setattr(folder, "write_output", failing)
     told = []
     counts = restore(lambda *done: None, told.append)
     assert counts["restored"] == 4 and counts["failed"] == [
-        {"input": "b.jpg", "output": "b.png", "reason": "no"}
+        {"input": "b.jpg", "output": "b.png", "reason": reason}
     ]
-    assert told == [f"{photographs[1]}: no"]
+    assert told == [f"{photographs[1]}: {reason}"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 import struct
+import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -112,6 +114,14 @@ def test_where_the_subject_is_leaves_exif_data():
     assert corrected[:start] == before[:start] and corrected[places:] == before[places:]
 
 
+def test_the_size_is_corrected_in_the_interoperability_directory():
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA005] = {1: "R98", 0x1001: 40, 0x1002: 24}
+    loaded = Image.Exif()
+    loaded.load(corrected_exif(exif.tobytes().removeprefix(b"Exif\0\0"), height=1200, width=800))
+    assert loaded.get_ifd(0xA005) == {1: "R98", 0x1001: 800, 0x1002: 1200}
+
+
 def test_the_density_of_exif_data_is_in_inches():
     for unit, x, expected in [
         (2, 300.0, 300),
@@ -127,6 +137,9 @@ def test_the_density_of_exif_data_is_in_inches():
         found = exif_density(exif.tobytes())
         assert found == (None if expected is None else pytest.approx((expected, expected), rel=1e-3))
     assert exif_density(camera_exif("<")) is exif_density(b"garbage") is None
+    for number in (np.inf, np.nan, 1e38):  # in floating point, which no camera writes
+        entries = b"".join(struct.pack("<HHIf", tag, 11, 1, number) for tag in (0x011A, 0x011B))
+        assert exif_density(b"II*\0\x08\0\0\0\2\0" + entries + bytes(4)) is None
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -142,6 +155,18 @@ def test_damaged_exif_data_neither_turn_the_picture_nor_hang(order):
             assert corrected is None or exif_orientation(corrected) in (None, 1)
     assert corrected_exif(b"", 1, 1) == b"" and corrected_exif(b"garbage", 1, 1) == b"garbage"
     assert byte_order(b"garbage") is None
+
+
+def test_the_time_of_damaged_metadata_grows_with_their_length_alone():
+    started = time.process_time()
+    inner = struct.pack("<HHII", 0x8769, LONG, 1, 8) * 20_000  # each of them the first directory again
+    exif = b"II*\0\x08\0\0\0" + struct.pack("<H", 20_000) + inner + bytes(4)
+    assert corrected_exif(exif, 1200, 800) == exif
+    for part in (b"tiff:Orientation ", b"<tiff:Orientation ", b" \n", b"<hdrgm:Version>"):
+        packet = part * (300_000 // len(part))
+        assert corrected_xmp(packet, 1200, 800) == packet and xmp_orientation(packet) is None
+        assert xmp_of_the_picture(packet, turned=True) == (packet, [])
+    assert time.process_time() - started < 5  # seconds: in squares of the length, minutes
 
 
 @pytest.mark.parametrize(

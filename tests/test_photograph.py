@@ -244,6 +244,22 @@ def test_iptc_data_density_and_texts_are_kept_where_a_format_has_them(smooth):
                 assert image.info["comment"] == b"a harbour"
 
 
+@pytest.mark.parametrize(
+    ("comment", "kind"),
+    [(b"plain", b"tEXt"), ("Köln".encode(), b"iTXt"), ("Köln".encode("latin-1"), b"tEXt")],
+)
+def test_comments_of_jpeg_are_text_of_their_encoding(smooth, comment, kind):
+    photo = read_photograph("a.jpg", encoded(Image.fromarray(smooth), "JPEG", comment=comment))
+    assert [text[0] for text in photo.texts] == [kind]
+    not_kept = write_photograph(file := io.BytesIO(), photo, "PNG")
+    with Image.open(file) as image:
+        assert image.text["Comment"] in ("plain", "Köln")
+    photo = read_photograph("a.png", file.getvalue())
+    not_kept += write_photograph(file := io.BytesIO(), photo, "JPEG")
+    with Image.open(file) as image:
+        assert image.info["comment"] == comment and not_kept == []
+
+
 def test_density_comes_from_exif_data_where_a_file_names_no_other(smooth):
     exif = Image.Exif()
     exif[0x011A] = exif[0x011B] = 240.0
@@ -282,6 +298,16 @@ def test_what_of_a_file_is_not_read_is_named_with_the_result(smooth):
     assert photo.lost == ("other pictures of the file (2): the first is restored",)
     assert photo.density is None and photo.texts == ()
     write_photograph(file := io.BytesIO(), Photograph(to_float(smooth)), "HEIF")
+    first = Image.fromarray(smooth)
+    first.save(several := io.BytesIO(), "HEIF", save_all=True, append_images=[first])
+    several = read_photograph("a.heic", several.getvalue())
+    assert several.lost == ("other pictures of the file (1): the primary one is restored",)
+    write_photograph(turned := io.BytesIO(), Photograph(to_float(smooth), exif=exif_data(6)), "AVIF")
+    (lost,) = read_photograph("a.avif", turned.getvalue()).lost  # the file itself says that it is upright
+    assert lost == "what the maker note points to: the EXIF data had to be packed anew"
+    panorama = b'<x GPano:FullPanoWidthPixels="9" dc:title="t"/>'
+    photo = read_photograph("a.jpg", encoded(image, "JPEG", xmp=panorama))
+    assert photo.xmp == b'<x dc:title="t"/>' and "panorama" in photo.lost[0]
     announced = file.getvalue() + b"\0\0\0\x2afreeurn:com:apple:photo:2020:aux:hdrgainmap\0"
     assert read_photograph("a.heic", announced).lost == (GAIN_MAP,)
 
@@ -410,7 +436,7 @@ def test_srgb_is_neither_converted_nor_added(smooth, tmp_path):
 def test_a_profile_that_is_damaged_or_of_grey_counts_as_none(smooth, tmp_path, profile):
     Image.fromarray(smooth).save(tmp_path / "a.png", icc_profile=profile)
     photo = read_photograph(tmp_path / "a.png")
-    assert photo.icc is None
+    assert photo.icc is None and photo.lost == ("the colour profile: it is damaged, or of other pixels",)
     np.testing.assert_array_equal(photo.pixels, to_float(smooth))
 
 

@@ -219,3 +219,30 @@ def test_exif_data_are_read(bigtiff):
     assert read[0x010F] == "Camera Inc."
     assert read.get_ifd(0x8769)[0x9003] == "2026:01:01 00:00:00"
     assert read.get_ifd(0x8825)[2] == (52.0, 31.0, 12.5)
+    assert photo.lost == ()
+
+
+def test_what_a_tiff_file_loses_is_named():
+    exif = Image.Exif()
+    exif.get_ifd(0x8769).update({0x927C: b"offsets"})
+    Image.fromarray(COLOURS).save(file := io.BytesIO(), "TIFF", exif=exif.tobytes())
+    (lost,) = read_photograph("a.tif", file.getvalue()).lost
+    assert lost.startswith("what the maker note points to")
+    four = np.concatenate([COLOURS, COLOURS[..., :1]], -1)
+    photo = read_photograph("a.tif", tiff_of(four, photometric="rgb", extrasamples=[0]))
+    assert photo.alpha is None and photo.lost[0].startswith("1 of the channels")
+
+
+@pytest.mark.parametrize(("kind", "value"), [(2, "<a/>"), (4, 7)])  # ASCII, LONG
+def test_xmp_of_an_odd_type_is_no_damage(kind, value):
+    data = tiff_of(COLOURS, photometric="rgb", extratags=[(700, kind, 1 if kind == 4 else 0, value, True)])
+    assert read_photograph("a.tif", data).xmp == (b"<a/>" if kind == 2 else None)
+
+
+def test_a_palette_of_two_colours_is_read():
+    bits = COLOURS[..., 0] > 100
+    palette = (0, 0xFFFF, 0, 0x8000, 0, 0)  # the reds, the greens, the blues
+    grey = tiff_of(bits, photometric="minisblack", extratags=[(320, 3, 6, palette, True)])
+    data = patched(grey, 262, tifffile.PHOTOMETRIC.PALETTE)
+    expected = np.where(bits[..., None], (255, 128, 0), 0)
+    np.testing.assert_array_equal(read_image_uint8("a.tif", data), expected)

@@ -2,17 +2,15 @@
 
 import io
 import re
-import struct
 
 import tifffile
 from PIL import Image
 
-from zipir_jax.metadata import GAIN_MAP, png_chunks
-from zipir_jax.tiff import picture_page
+from zipir_jax.metadata import GAIN_MAP
+from zipir_jax.png import read_beside_pixels
+from zipir_jax.tiff import bytes_of, picture_page
 
 IPTC_OF_TIFF, IPTC_OF_PHOTOSHOP = 33723, 0x0404
-# Texts of PNG files that are no texts: XMP, and what ImageMagick puts there of EXIF data, XMP and profiles.
-NO_TEXT = re.compile(rb"XML:com\.adobe\.xmp\0|Raw profile type (?:exif|app1|xmp|icc|icm)\0", re.IGNORECASE)
 
 
 def read_beside(file: io.BufferedIOBase, file_format: str) -> dict:
@@ -28,20 +26,27 @@ def read_beside(file: io.BufferedIOBase, file_format: str) -> dict:
             iptc = image.info.get("photoshop", {}).get(IPTC_OF_PHOTOSHOP)
             if image.info.get("jfif_unit") in (1, 2):  # else Pillow makes one up
                 density = tuple(map(float, image.info["dpi"]))
-            texts = [(b"tEXt", b"Comment\0" + data) for kind, data in image.applist if kind == "COM"]
+            texts = [_comment(data) for kind, data in image.applist if kind == "COM"]
             if image.format == "MPO":
                 lost = [f"other pictures of the file ({image.n_frames - 1}): the first is restored"]
     elif file_format == "PNG":
-        for kind, data in png_chunks(file):
-            if kind == b"pHYs" and len(data) == 9 and data[8] == 1:  # a metre
-                density = tuple(0.0254 * pixels for pixels in struct.unpack(">II", data[:8]))
-            elif kind in (b"tEXt", b"zTXt", b"iTXt") and not NO_TEXT.match(data):
-                texts.append((kind, data))
+        found = read_beside_pixels(file)
+        iptc, density, texts = found.get("iptc"), found.get("density"), found["texts"]
+        if found["unnamed"]:
+            lost = [f"texts without a keyword that PNG allows ({found['unnamed']})"]
     elif file_format == "TIFF":
         with tifffile.TiffFile(file) as tiff:
-            found = picture_page(tiff).tags.valueof(IPTC_OF_TIFF)
-        iptc = found if isinstance(found, bytes) else None
+            iptc = bytes_of(picture_page(tiff), IPTC_OF_TIFF)
     elif re.search(rb"hdrgainmap|infe.{8,10}tmap", file.read(2**16), re.DOTALL):  # Apple's, ISO 21496-1's
         lost = [GAIN_MAP]
     density = density if density and min(density) > 0 else None
     return {"iptc": iptc or None, "density": density, "texts": tuple(texts), "lost": tuple(lost)}
+
+
+def _comment(data):
+    """A JPEG file's comment as a chunk of PNG: of UTF-8 where it is that and more than ASCII, else of Latin-1."""
+    try:
+        is_utf8 = not data.isascii() and bool(data.decode())
+    except UnicodeDecodeError:
+        is_utf8 = False
+    return (b"iTXt", b"Comment\0\0\0\0\0" + data) if is_utf8 else (b"tEXt", b"Comment\0" + data)

@@ -66,8 +66,12 @@ def remove_unfinished(path: Path) -> None:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises ValueError for what exists and is no file: a folder, a device, a pipe."""
-    if path.exists() and not path.is_file():
+    """Raises ValueError for what exists and is no file (a folder, a device, a pipe), and for what cannot exist."""
+    try:
+        is_taken = path.exists() and not path.is_file()
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+    if is_taken:
         raise ValueError(f"{path}: exists and is not a regular file")
 
 

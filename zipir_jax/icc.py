@@ -22,7 +22,7 @@ from PIL import ImageCms
 
 from zipir_jax.boxes import avif_colour_codes
 from zipir_jax.files import RefusedError
-from zipir_jax.metadata import exif_names_adobe_rgb, png_chunks
+from zipir_jax.metadata import exif_names_adobe_rgb
 
 # Header fields, ICC.1:2022 section 7.2.5 and 7.2.6.
 CLASSES = {b"mntr", b"scnr", b"prtr", b"spac"}  # not links, abstract or named-colour profiles
@@ -52,13 +52,14 @@ def profile_of(file: io.BufferedIOBase, info: dict, exif: bytes | None) -> bytes
 
     Codes are those of PNG's cICP chunk, which count before a profile (W3C, third edition, section 4.3), of AVIF and
     HEIC (a colr box of type nclx), and EXIF's for Adobe RGB. sRGB by code is None. info: {"icc_profile": the file's
-    own}, and of HEIC its codes, as pillow-heif has them. Raises RefusedError for high dynamic range.
+    own}, of PNG "cicp", that chunk, and of HEIC its codes, as pillow-heif has them. Raises RefusedError for high
+    dynamic range.
     """
     profile, codes = info.get("icc_profile"), None
     file.seek(0)
     start = file.read(8)
-    if start.startswith(b"\x89PNG"):
-        codes = next((data[:2] for kind, data in png_chunks(file) if kind == b"cICP"), None)
+    if "cicp" in info:
+        codes = info["cicp"][:2]
     elif profile is None and "nclx_profile" in info:
         codes = info["nclx_profile"]["color_primaries"], info["nclx_profile"]["transfer_characteristics"]
     elif profile is None and start[4:8] == b"ftyp":

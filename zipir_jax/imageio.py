@@ -9,6 +9,7 @@ import os
 import re
 import struct
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +18,12 @@ from typing import NamedTuple
 import numpy as np
 import tifffile
 from jaxtyping import Float32, UInt8
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from zipir_jax import icc, tiff
+from zipir_jax import icc, png, tiff
 from zipir_jax.boxes import avif_bits
 from zipir_jax.files import RefusedError
-from zipir_jax.metadata import xmp_orientation
+from zipir_jax.metadata import has_maker_note, orientation_of
 
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # read with the extra `heif`
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"} | HEIF_SUFFIXES
@@ -33,6 +34,10 @@ HEIF_SEQUENCES = {b"hevc", b"hevx", b"msf1"}
 LARGEST_SIDE = 16384  # pixels of a result; beyond any size that the model is made for (8K)
 LARGEST_PIXELS = LARGEST_SIDE**2  # of a picture that is read: 268 million, as many as a result can have
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # but restarts, which lie within a scan
+LOSSY = {"JPEG", "MPO", "WEBP", "AVIF", "HEIF"}  # formats that may be
+# What decoders raise where a file's bytes make no sense.
+DAMAGE = (ArithmeticError, EOFError, LookupError, RuntimeError, SyntaxError, ValueError)
+DAMAGE += (struct.error, zlib.error, tifffile.TiffFileError)
 SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
 
 
@@ -47,6 +52,7 @@ class Decoded:
     icc: bytes | None  # a profile that has a way back from sRGB; pixels of others are in sRGB already
     exif: bytes | None  # without "Exif\0\0" before them
     xmp: bytes | None
+    lost: tuple[str, ...] = ()  # what the file holds that is not here, one sentence each
 
     @property
     def has_own_colours(self) -> bool:
@@ -141,18 +147,15 @@ def upright_size(path: str | Path, data: bytes | None = None) -> tuple[int, int]
     """
     with opened(path, data) as file:
         if _is_heif(file):
-            return _heif_image(file).size[::-1]
+            return _heif_image(file)[0].size[::-1]
         if _is_tiff(file):
             with _tiff_page(file) as (page, orientation):
                 height, width = page.imagelength, page.imagewidth
         else:
             with _pillow_image(file) as image:
                 width, height = image.size
-                getexif = image.getexif
-                # A PNG file may hold EXIF data behind its pixels; to find none Pillow decodes them: 100 times the work.
-                if isinstance(image, PngImagePlugin.PngImageFile) and not _has_late_metadata(file):
-                    getexif = super(PngImagePlugin.PngImageFile, image).getexif
-                orientation = _orientation(getexif, image.info)
+                info = _info(image, file)
+                orientation = orientation_of(info.get("exif"), info.get("xmp"))
         return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
@@ -198,8 +201,10 @@ def opened(path: str | Path, data: bytes | None = None) -> Iterator[io.BufferedI
         reason = "cannot be read (no permission)"
     except OSError as error:  # of the file system where it has a number, else of Pillow
         reason = f"cannot be read ({error.strerror})" if error.errno else f"the image is damaged ({error})"
-    except Exception as error:  # decoders raise nearly anything where a file's bytes make no sense
+    except DAMAGE as error:
         reason = f"the image is damaged ({error})"
+    except Exception as error:  # of a decoder as well, or our own
+        reason = f"cannot be read ({type(error).__name__}: {error})"
     else:
         return
     raise ValueError(f"{path}: {' '.join(reason.split())}") from None
@@ -215,6 +220,7 @@ class Stored(NamedTuple):
     exif: bytes | None = None
     xmp: bytes | None = None
     orientation: int | None = None  # as EXIF data number it; None where the pixels are upright
+    lost: tuple[str, ...] = ()  # as in `Decoded`
 
 
 def decode(file: io.BufferedIOBase) -> Decoded:
@@ -226,12 +232,15 @@ def decode(file: io.BufferedIOBase) -> Decoded:
     Colours that are all grey are one channel, in sRGB: palettes and WebP files have no other way to hold grey.
     """
     read = _read_heif if _is_heif(file) else _read_tiff if _is_tiff(file) else _read_with_pillow
-    pixels, alpha, file_format, profile, exif, xmp, orientation = read(file)
+    pixels, alpha, file_format, profile, exif, xmp, orientation, lost = read(file)
     use = icc.use_of_profile(profile, pixels.shape[2]) if profile else None
+    if profile and use is None:
+        lost += ("the colour profile: it is damaged, or of other pixels",)
     if use == "to sRGB":
         pixels = _clipped_to_srgb(pixels, profile)
         profile, use = (icc.coded_profile(1, 13), "sRGB") if pixels.shape[2] == 3 else (None, None)
-    if pixels.shape[2] == 3 and _is_grey(pixels):
+    tolerance = 1 if file_format in LOSSY and pixels.dtype == np.uint8 else 0
+    if pixels.shape[2] == 3 and _is_grey(pixels, tolerance):
         if use == "both ways":
             pixels = _clipped_to_srgb(pixels, profile)
         pixels, use = np.ascontiguousarray(pixels[..., 1:2]), None  # a profile of colours is none of grey
@@ -245,32 +254,53 @@ def decode(file: io.BufferedIOBase) -> Decoded:
         profile if use in ("sRGB", "both ways") else None,
         exif,
         xmp,
+        lost,
     )
 
 
 def _read_heif(file):
-    image = _heif_image(file)
+    image, count = _heif_image(file)
     pixels, alpha = _split_alpha(_heif_samples(image))  # upright already
-    return Stored(pixels, alpha, "HEIF", *_metadata(file, image.info))
+    lost = (f"other pictures of the file ({count - 1}): the primary one is restored",) if count > 1 else ()
+    return Stored(pixels, alpha, "HEIF", *_metadata(file, image.info), lost=lost)
 
 
 def _read_tiff(file):
     with _tiff_page(file) as (page, orientation):
         pixels, alpha = tiff.decode_samples(page)
-        info = {"icc_profile": page.tags.valueof(34675), "xmp": page.tags.valueof(700)}
+        info = {"icc_profile": tiff.bytes_of(page, tiff.ICC), "xmp": tiff.bytes_of(page, tiff.XMP)}
         info["exif"] = tiff.exif_of(page, file)
-        return Stored(pixels, alpha, "TIFF", *_metadata(file, info), orientation)
+        lost = _lost_of_packed(info["exif"])
+        more = page.samplesperpixel - tiff.CHANNELS[page.photometric] - (alpha is not None)
+        if more:
+            lost += (f"{more} of the channels: neither colours nor transparency, as the file has it",)
+        return Stored(pixels, alpha, "TIFF", *_metadata(file, info), orientation, lost)
 
 
 def _read_with_pillow(file):
     with _pillow_image(file) as image:
-        pixels, alpha = _samples_of_16_bits(image, file) or _samples(image)
+        pixels, alpha = _samples_without_pillow(image, file) or _samples(image)
         if image.format in ("JPEG", "MPO"):
             _check_jpeg_is_whole(image, file)
-        info = dict(image.info)
-        if "Raw profile type exif" in info:  # as ImageMagick puts it into PNG files, in text
-            info.setdefault("exif", image.getexif().tobytes())
-        return Stored(pixels, alpha, image.format, *_metadata(file, info), _orientation(image.getexif, info))
+        profile, exif, xmp = _metadata(file, _info(image, file))
+        lost = ()
+        if image.format == "AVIF" and exif:
+            file.seek(0)
+            # Pillow packs them anew where the file turns its picture otherwise than they say.
+            lost = () if exif in file.read() else _lost_of_packed(exif)
+        return Stored(pixels, alpha, image.format, profile, exif, xmp, orientation_of(exif, xmp), lost)
+
+
+def _lost_of_packed(exif):
+    """What is lost of EXIF data that had to be packed anew."""
+    if exif and has_maker_note(exif):
+        return ("what the maker note points to: the EXIF data had to be packed anew",)
+    return ()
+
+
+def _info(image, file):
+    """What a file holds beside its pixels, as Pillow has it; of PNG files also what it does not look for."""
+    return png.read_beside_pixels(file) if image.format == "PNG" else image.info
 
 
 def _metadata(file, info):
@@ -286,9 +316,8 @@ def _clipped_to_srgb(pixels, profile):
     return np.clip(icc.to_srgb(pixels, profile), 0, 1)
 
 
-def _is_grey(pixels):
-    """Whether three channels are equal; in 8 bits, to a level, as lossy WebP makes them of grey."""
-    tolerance = 1 if pixels.dtype == np.uint8 else 0
+def _is_grey(pixels, tolerance):
+    """Whether three channels are equal, or differ by no more than a tolerance: lossy WebP makes such of grey."""
     for part in (pixels[::16, ::16], pixels):  # colours show in few of the pixels
         red, green, blue = np.moveaxis(part, -1, 0)
         for other in (red, blue):
@@ -378,20 +407,23 @@ def _samples(image):
     return np.asarray(image.convert("RGB")), None
 
 
-def _samples_of_16_bits(image, file):
-    """What `_samples` returns, of PNG and AVIF files of whose more than 8 bits Pillow keeps 8; None for others."""
-    is_deep_png = image.format == "PNG" and image.tile[0][3].endswith(";16B")
-    if not is_deep_png and image.format != "AVIF":
+def _samples_without_pillow(image, file):
+    """What `_samples` returns, of PNG and AVIF files of 10 bits and more; None for others.
+
+    Of more than 8 bits Pillow keeps 8, of PNG files it neither sees that rows are missing nor all transparent colours.
+    """
+    if image.format not in ("PNG", "AVIF"):
         return None
     import imagecodecs
 
-    file.seek(0)
-    data = file.read()
-    if is_deep_png:
-        bits, samples = 16, imagecodecs.png_decode(data)
-        if _has_late_metadata(file):
-            image.load()  # for its EXIF data and XMP
+    if image.format == "PNG":
+        samples = imagecodecs.png_decode(png.of_pixels(file))
+        if samples.dtype == np.uint8:
+            return _split_alpha(samples)
+        bits = 16
     else:
+        file.seek(0)
+        data = file.read()
         bits = avif_bits(data)
         if bits == 8:
             return None
@@ -421,7 +453,7 @@ def _tiff_page(file):
         _check_size(page.imagewidth, page.imagelength)
         _check_size(page.tilewidth, page.tilelength)  # a tile may be larger than its picture
         tiff.check_is_whole(page)
-        yield page, page.tags.valueof(274) or xmp_orientation(page.tags.valueof(700) or b"")
+        yield page, page.tags.valueof(274) or orientation_of(None, tiff.bytes_of(page, tiff.XMP))
 
 
 def _is_heif(file):
@@ -435,7 +467,7 @@ def _is_heif(file):
 
 
 def _heif_image(file):
-    """The primary picture of a HEIF file, its header read; turned upright by the library."""
+    """The primary picture of a HEIF file, its header read, and how many there are; turned upright by the library."""
     try:
         import pillow_heif
     except ImportError:
@@ -449,7 +481,7 @@ def _heif_image(file):
     images = pillow_heif.open_heif(file, convert_hdr_to_8bit=False)
     image = images[images.primary_index]
     _check_size(*image.size)
-    return image
+    return image, len(images)
 
 
 def _heif_samples(image):
@@ -458,39 +490,6 @@ def _heif_samples(image):
         return samples
     bits = image.info["bit_depth"]  # in the upper bits of 16
     return samples / np.float32((2**bits - 1) << (16 - bits))
-
-
-def _orientation(getexif, info):
-    """EXIF orientation, 1 to 8, else that of XMP; None where there is none or the EXIF data are damaged: the pixels are
-    not.
-
-    `ImageOps.exif_transpose` packs the other EXIF data anew, and fails where one of them is damaged.
-    """
-    try:
-        orientation = getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # Pillow's readers of EXIF data raise nearly anything
-        return None
-    return orientation if isinstance(orientation, int) else xmp_orientation(info.get("xmp") or b"")
-
-
-def _has_late_metadata(file):
-    """Whether a PNG file's pixels are followed by EXIF or XMP data, of which either may hold an orientation."""
-    start = file.tell()
-    try:
-        file.seek(8)  # the signature
-        pixels_seen = False
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            pixels_seen |= kind == b"IDAT"
-            if pixels_seen and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
-                keyword = file.read(min(length, 24))
-                if kind == b"eXIf" or keyword.startswith((b"XML:com.adobe.xmp", b"Raw profile type exif")):
-                    return True
-                length -= len(keyword)
-            file.seek(length + 4, io.SEEK_CUR)  # and the checksum
-        return False
-    finally:
-        file.seek(start)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,24 +5,27 @@ more than 4 bytes is the offset of one. Maker notes, too, hold offsets that nobo
 that are wrong now are overwritten where they stand, and every other byte stays as it was.
 """
 
-import io
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable
 
 from PIL import ExifTags, Image
 
 ORIENTATION = ExifTags.Base.Orientation
 SHORT, LONG = 3, 4  # types of entries
-WIDTHS = {ExifTags.Base.ImageWidth, ExifTags.Base.ExifImageWidth}
-HEIGHTS = {ExifTags.Base.ImageLength, ExifTags.Base.ExifImageHeight}
+WIDTHS = {ExifTags.Base.ImageWidth, ExifTags.Base.ExifImageWidth, 0x1001}  # the last in the directory of
+HEIGHTS = {ExifTags.Base.ImageLength, ExifTags.Base.ExifImageHeight, 0x1002}  # interoperability
 SUBJECT = {0x9214, 0xA214}  # its area and place, in pixels of the picture as it lay
+MAKER_NOTE = 0x927C
+XMP_MARKER = b"http://ns.adobe.com/xap/1.0/\0"  # before XMP in JPEG files
 GAIN_MAP = "the gain map: the result has no high dynamic range"
-# Properties of XMP that tell of something else in the file, which is not read, and what to say of it.
+# Properties of XMP that tell of something else in the file, which is not read, or are wrong of the result, and what to
+# say of it.
 ELSEWHERE = {
     r"hdrgm:\w+|HDRGainMap:\w+": GAIN_MAP,
     r"GCamera:(?:MotionPhoto|MicroVideo)\w*": "the film of the motion photo",
     r"Container:Directory|GContainer:Directory": None,  # the list of either
+    r"GPano:\w+Pixels": "the sizes and places of the panorama, in pixels of the photograph",
     r"xmpNote:HasExtendedXMP": "the extended XMP: its first packet alone is read",
 }
 FACES = r"mwg-rs:Regions"
@@ -30,14 +33,13 @@ FACES = r"mwg-rs:Regions"
 
 def exif_density(exif: bytes) -> tuple[float, float] | None:
     """The resolution that EXIF data name, in dots per inch."""
-    loaded = Image.Exif()
-    try:
-        loaded.load(exif)
+
+    def density(loaded):
         unit = {2: 1, 3: 2.54}[loaded.get(ExifTags.Base.ResolutionUnit, 2)]
         x, y = (unit * float(loaded[tag]) for tag in (ExifTags.Base.XResolution, ExifTags.Base.YResolution))
-        return (x, y) if x > 0 and y > 0 else None
-    except Exception:  # Pillow's readers of EXIF data raise nearly anything
-        return None
+        return (x, y) if 0 < x < 2**32 and 0 < y < 2**32 else None  # what other files have room for
+
+    return _found_in(exif, density)
 
 
 def corrected_exif(exif: bytes, height: int, width: int) -> bytes | None:
@@ -52,8 +54,11 @@ def corrected_exif(exif: bytes, height: int, width: int) -> bytes | None:
         return exif
     entries, after = directory(exif, order, *struct.unpack_from(order + "I", exif, 4))
     turned = False
-    inner = [value for _, tag, _, _, value in entries if tag == ExifTags.IFD.Exif]
+    # One of each alone: damaged data may name many, each as long as all.
+    inner = [value for _, tag, _, _, value in entries if tag == ExifTags.IFD.Exif][-1:]
     for start in inner:
+        entries += directory(exif, order, start)[0]
+    for start in [value for _, tag, _, _, value in entries if tag == ExifTags.IFD.Interop][-1:]:
         entries += directory(exif, order, start)[0]
     for at, tag, kind, _, _ in entries:
         number = width if tag in WIDTHS else height if tag in HEIGHTS else 1 if tag == ORIENTATION else None
@@ -72,23 +77,23 @@ def corrected_exif(exif: bytes, height: int, width: int) -> bytes | None:
 
 def exif_names_adobe_rgb(exif: bytes) -> bool:
     """Whether EXIF data say that colours are Adobe RGB's, as cameras do: an interoperability index "R03" (DCF 2.0)."""
+    index = _found_in(exif, lambda loaded: loaded.get_ifd(ExifTags.IFD.Interop).get(1))
+    return str(index).startswith("R03")
+
+
+def has_maker_note(exif: bytes) -> bool:
+    """Whether EXIF data hold what their camera's maker alone can read."""
+    return bool(_found_in(exif, lambda loaded: loaded.get_ifd(ExifTags.IFD.Exif).get(MAKER_NOTE)))
+
+
+def _found_in(exif, find: Callable[[Image.Exif], object]):
+    """What a function finds in EXIF data as Pillow reads them; None where they are damaged."""
     loaded = Image.Exif()
     try:
         loaded.load(exif)
-        return str(loaded.get_ifd(ExifTags.IFD.Interop).get(1, "")).startswith("R03")
+        return find(loaded)
     except Exception:  # Pillow's readers of EXIF data raise nearly anything
-        return False
-
-
-def png_chunks(file: io.BufferedIOBase) -> Iterator[tuple[bytes, bytes]]:
-    """(kind, data) of a PNG file's chunks but those of its pixels, to the first that the file does not hold whole."""
-    at, size = 8, file.seek(0, io.SEEK_END)  # the signature
-    while at + 12 <= size:
-        file.seek(at)
-        length, kind = struct.unpack(">I4s", file.read(8))
-        at += length + 12  # and the checksum
-        if kind != b"IDAT" and at <= size:
-            yield kind, file.read(length)
+        return None
 
 
 def hiding_orientation(exif: bytes) -> bytes:
@@ -134,14 +139,15 @@ def _entry(order, tag, kind, number):
     return struct.pack(order + ("HHIHxx" if kind == SHORT else "HHII"), tag, kind, 1, number)
 
 
-def exif_orientation(exif: bytes) -> int | None:
+def exif_orientation(exif: bytes) -> object:
     """What Pillow, and so whoever reads the file with it, takes for the orientation."""
-    loaded = Image.Exif()
-    try:
-        loaded.load(exif)
-        return loaded.get(ORIENTATION)
-    except Exception:  # Pillow's readers of EXIF data raise nearly anything
-        return None
+    return _found_in(exif, lambda loaded: loaded.get(ORIENTATION))
+
+
+def orientation_of(exif: bytes | None, xmp: bytes | None) -> int | None:
+    """The orientation that EXIF data name as a number, else that of XMP; None where there is none."""
+    orientation = exif_orientation(exif) if exif else None
+    return orientation if isinstance(orientation, int) else xmp_orientation(xmp) if xmp else None
 
 
 def xmp_orientation(xmp: bytes) -> int | None:
@@ -192,8 +198,11 @@ def _text(xmp):
 
 
 def _property(names):
-    """Pattern of what stands before the value of a property, an attribute or an element."""
-    return rf"(?:{names})(?:\s*=\s*[\"']|(?:\s[^<>]*)?>)\s*"
+    """Pattern of what stands before the value of a property, an attribute or an element.
+
+    An element is sought from its "<", which `[^<>]` ends at: from its name alone each would be read to the end of all.
+    """
+    return rf"(?:(?<!\s)\s+(?:{names})\s*=\s*[\"']|<(?:{names})(?:\s[^<>]*)?>)\s*"
 
 
 def _without_properties(text, names):

@@ -8,6 +8,7 @@ write_photograph("a_x4.jpg", photograph.with_pixels(restored))
 import dataclasses
 import importlib.util
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -31,14 +32,14 @@ from zipir_jax.imageio import (
     to_float,
 )
 from zipir_jax.metadata import (
+    XMP_MARKER,
     byte_order,
     corrected_exif,
     corrected_xmp,
     exif_density,
-    exif_orientation,
     hiding_orientation,
+    orientation_of,
     xmp_of_the_picture,
-    xmp_orientation,
 )
 from zipir_jax.tiff import write_tiff
 
@@ -65,8 +66,8 @@ OF_16_BITS = {"PNG", "TIFF"}
 OF_GREY = OF_DENSITY = {"PNG", "TIFF", "JPEG"}
 OF_IPTC = {"TIFF", "JPEG"}
 LARGEST_SEGMENT = 65533  # bytes of a JPEG file's marker
-XMP_MARKER = b"http://ns.adobe.com/xap/1.0/\0"
-COMMENT = b"Comment\0"  # the one text that JPEG files have
+# The head of the one text that JPEG files have, by the kind of its chunk; packed, it is none.
+COMMENT = {b"tEXt": re.compile(rb"Comment\0"), b"iTXt": re.compile(rb"Comment\0\0\0[^\0]*\0[^\0]*\0")}
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # ITU-R BT.709
 ROWS = 256  # that are made ready for a file at once
 VISIBLE = np.float32(8 / 255)  # alpha, below which a file's colours are anything
@@ -136,10 +137,10 @@ def read_photograph(path: str | Path, data: bytes | None = None) -> Photograph:
                 residual = pixels - clipped
             pixels = clipped
         exif, xmp, beside = picture.exif, picture.xmp, read_beside(file, picture.file_format)
+        lost = [*beside.pop("lost"), *picture.lost]
         if xmp:
-            turned = ((exif and exif_orientation(exif)) or xmp_orientation(xmp)) in range(2, 9)
-            xmp, sentences = xmp_of_the_picture(xmp, turned)
-            beside["lost"] = tuple(dict.fromkeys([*beside["lost"], *sentences]))
+            xmp, sentences = xmp_of_the_picture(xmp, turned=orientation_of(exif, xmp) in range(2, 9))
+            lost += sentences
         if exif and beside["density"] is None:
             beside["density"] = exif_density(exif)
         return Photograph(
@@ -152,6 +153,7 @@ def read_photograph(path: str | Path, data: bytes | None = None) -> Photograph:
             icc=picture.icc,
             exif=exif,
             xmp=xmp,
+            lost=tuple(dict.fromkeys(lost)),
             **beside,
         )
 
@@ -287,7 +289,7 @@ def _without_place(photograph, file_format):
 
 def _comments(photograph):
     """The texts that a JPEG file can have, one of them."""
-    return [(kind, data) for kind, data in photograph.texts if kind == b"tEXt" and data.startswith(COMMENT)]
+    return [(kind, data) for kind, data in photograph.texts if kind in COMMENT and COMMENT[kind].match(data)]
 
 
 def samples_of(
@@ -324,7 +326,7 @@ def _write_jpeg(file, image, metadata, photograph):
     if iptc:  # an image resource of Photoshop (Adobe's file format specification)
         resource = struct.pack(">4sHxxI", b"8BIM", IPTC_OF_PHOTOSHOP, len(iptc)) + iptc + bytes(len(iptc) % 2)
         iptc = b"Photoshop 3.0\0" + resource
-    comment = next((data.removeprefix(COMMENT) for _, data in _comments(photograph)), None)
+    comment = next((COMMENT[kind].sub(b"", data, 1) for kind, data in _comments(photograph)), None)
     not_kept, metadata = [], metadata | {"extra": iptc, "comment": comment}
     for key, name, marker in (
         ("exif", "EXIF data", b""),

@@ -16,52 +16,10 @@ from zipir_jax.metadata import byte_order, directory
 
 REDUCED = 1  # bit of NewSubfileType: a smaller copy of another picture of the file
 # Tags of an image's data, in which a file's first directory differs from EXIF data (TIFF 6.0; Adobe's technical notes).
-OF_THE_IMAGE = {
-    254,
-    255,
-    256,
-    257,
-    258,
-    259,
-    262,
-    266,
-    273,
-    274,
-    277,
-    278,
-    279,
-    284,
-    288,
-    289,
-    292,
-    293,
-    317,
-    320,
-    322,
-}
-OF_THE_IMAGE |= {
-    323,
-    324,
-    325,
-    330,
-    332,
-    333,
-    334,
-    336,
-    337,
-    338,
-    339,
-    340,
-    341,
-    342,
-    347,
-    512,
-    513,
-    514,
-    515,
-    517,
-}
-OF_THE_IMAGE |= {518, 519, 520, 521, 529, 530, 531, 532, 700, 33723, 34377, 34675, 37724, 50706}
+OF_THE_IMAGE = {*range(254, 260), 262, 266, 273, 274, *range(277, 280), 284, 288, 289}
+OF_THE_IMAGE |= {292, 293, 317, 320, *range(322, 326), 330, *range(332, 335), *range(336, 343), 347}
+OF_THE_IMAGE |= {*range(512, 516), *range(517, 522), *range(529, 533), 700, 33723, 34377, 34675, 37724, 50706}
+XMP, ICC = 700, 34675
 RESOLUTION_UNIT = 296
 RESOLUTION = {282, 283, RESOLUTION_UNIT}
 PHOTOMETRIC = tifffile.PHOTOMETRIC
@@ -93,6 +51,12 @@ def picture_page(file: tifffile.TiffFile) -> tifffile.TiffPage:
     return pages[0]
 
 
+def bytes_of(page: tifffile.TiffPage, tag: int) -> bytes | None:
+    """What stands under a tag, of bytes or of text; None where it is neither."""
+    found = page.tags.valueof(tag)
+    return found.encode() if isinstance(found, str) else found if isinstance(found, bytes) else None
+
+
 def check_is_whole(page: tifffile.TiffPage) -> None:
     """Raises RefusedError where pixels are missing: decoders leave them black."""
     ends = [start + count for start, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
@@ -116,8 +80,8 @@ def decode_samples(
     if extra in (MULTIPLIED, ALPHA):
         alpha = samples[..., CHANNELS[kind]]
     if kind == PHOTOMETRIC.PALETTE:
-        bits, colours = 8, (page.colormap.T >> 8).astype(np.uint8)[colours[..., 0]]
-    has_inks = kind == PHOTOMETRIC.SEPARATED and not use_of_profile(page.tags.valueof(34675) or b"", 4)
+        bits, colours = 8, (page.colormap.T >> 8).astype(np.uint8)[colours[..., 0].astype(np.intp)]
+    has_inks = kind == PHOTOMETRIC.SEPARATED and not use_of_profile(bytes_of(page, ICC) or b"", 4)
     is_converted = kind in (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.CIELAB) or has_inks or extra == MULTIPLIED
     if bits == 8 and colours.dtype == np.uint8 and not is_converted:
         return np.ascontiguousarray(colours), None if alpha is None else np.ascontiguousarray(alpha)

@@ -323,7 +323,7 @@ def test_a_damaged_file_is_left_out_and_named(folder, tmp_path):
         f"{tmp_path / 'b.png'}: not an image that can be read",
         f"{tmp_path / 'c.png'}: the file is empty",
     ]
-    with pytest.raises(ValueError, match=r"d\.png: the image is damaged \(.*truncated"):  # behind its header
+    with pytest.raises(ValueError, match=r"d\.png: the image is damaged \(.*cut off"):  # behind its header
         source[1]
     (tmp_path / "b.png").unlink()
     (tmp_path / "c.png").unlink()
