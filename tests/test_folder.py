@@ -24,8 +24,10 @@ from zipir_jax import comparison, folder, provenance, sample
 from zipir_jax.config import RestorationConfig, SamplingConfig, TargetConfig
 from zipir_jax.files import DiskFullError, replacing
 from zipir_jax.imageio import resize, to_float
-from zipir_jax.photograph import read_photograph, write_image
+from zipir_jax.jobs import check_outputs, plan_jobs
+from zipir_jax.photograph import OUTPUT_FORMATS, read_photograph, write_image
 from zipir_jax.restorer import PHASES, Restorer
+from zipir_jax.summary import check_summary, summarize, summary_lines, write_summary
 
 PICTURE = skimage.data.astronaut()[100:108, 200:210]
 SECONDS = 30  # after which a test gives up waiting
@@ -54,7 +56,7 @@ class Enlarger:
 def plan(place, restorer=None, samples=1, file_format="png", **fields):
     """(run, jobs) for the folder "in" and the output folder "out" of a place."""
     source, output = place / "in", place / "out"
-    jobs, _, _ = folder.plan_jobs(source, output, file_format, samples, fields.get("compare"))
+    jobs, _, _ = plan_jobs(source, output, file_format, samples, fields.get("compare"))
     run = folder.Run(
         restorer=restorer or Enlarger(),
         weights={"name": "none", "sha256": "0" * 64},
@@ -128,7 +130,7 @@ def touch(*paths):
 
 
 def outputs(*arguments, **options):
-    jobs, ignored, unreadable = folder.plan_jobs(*arguments, **options)
+    jobs, ignored, unreadable = plan_jobs(*arguments, **options)
     assert unreadable == []
     return {job.name: [path.name for path in job.outputs] for job in jobs}, ignored
 
@@ -138,7 +140,7 @@ def test_the_tree_is_mirrored(tmp_path):
     names = ["a.jpg", "a.png", "b.tif", "x/a.jpg", "x/y.z/B.JPG", "z.png", "notes.txt", "x/a.json"]
     hidden = [".DS_Store", "._b.tif", ".b.tif.0123abcd", ".cache/c.png", "x/.hidden.png"]
     touch(*(source / name for name in names + hidden))
-    jobs, ignored, _ = folder.plan_jobs(source, output, "webp")
+    jobs, ignored, _ = plan_jobs(source, output, "webp")
     assert ignored == 2
     made = {job.name: job.outputs[0].relative_to(output).as_posix() for job in jobs}
     assert made == {
@@ -163,8 +165,8 @@ def test_a_result_is_never_called_like_a_folder_of_results(tmp_path):
 def test_results_are_no_photographs(photographs, restore, work, tmp_path, monkeypatch, place):
     """Wherever the output folder lies: inside the input, the same, or around it."""
     place = tmp_path / place
-    planned = folder.plan_jobs
-    monkeypatch.setattr(folder, "plan_jobs", lambda source, output, *more: planned(source, place, *more))
+    planned = plan_jobs
+    monkeypatch.setitem(globals(), "plan_jobs", lambda source, output, *more: planned(source, place, *more))
     counts = restore(file_format="tif", compare="side-by-side", skip_existing=True)
     assert counts["restored"] == 5
     again = restore(file_format="tif", compare="side-by-side", skip_existing=True)
@@ -189,29 +191,29 @@ def test_the_same_format_where_it_can_be_written(tmp_path):
 
 
 def test_a_format_that_cannot_be_written_here_is_refused(tmp_path, monkeypatch):
-    monkeypatch.delitem(folder.OUTPUT_FORMATS, ".heic")
+    monkeypatch.delitem(OUTPUT_FORMATS, ".heic")
     touch(tmp_path / "in" / "a.png")
     for source in (tmp_path / "in", tmp_path / "in" / "a.png"):
         with pytest.raises(ValueError, match=r"a\.heic: .* pillow-heif, which is not installed"):
-            folder.plan_jobs(source, tmp_path / "out", "heic")
+            plan_jobs(source, tmp_path / "out", "heic")
 
 
 def test_the_format_of_an_output_file_follows_from_its_name(tmp_path):
     touch(tmp_path / "a.png")
     for output, expected in [("b.webp", "b.webp"), ("new", "new/a.jpg")]:
-        ((job,), _, _) = folder.plan_jobs(tmp_path / "a.png", tmp_path / output, "jpg")
+        ((job,), _, _) = plan_jobs(tmp_path / "a.png", tmp_path / output, "jpg")
         assert job.outputs == (tmp_path / expected,)
 
 
 def test_names_of_samples_and_comparisons(tmp_path):
     touch(tmp_path / "in" / "a.png")
-    (job,), _, _ = folder.plan_jobs(tmp_path / "in", tmp_path / "out", "jpg", 2, "side-by-side")
+    (job,), _, _ = plan_jobs(tmp_path / "in", tmp_path / "out", "jpg", 2, "side-by-side")
     assert [path.name for path in job.outputs] == ["a_1.jpg", "a_2.jpg"]
     assert [path.name for path in job.comparisons] == ["a_1_compare.jpg", "a_2_compare.jpg"]
     touch(tmp_path / "in" / "a_compare.png")
-    jobs, _, _ = folder.plan_jobs(tmp_path / "in", tmp_path / "out", "jpg", 1, "side-by-side")
+    jobs, _, _ = plan_jobs(tmp_path / "in", tmp_path / "out", "jpg", 1, "side-by-side")
     with pytest.raises(ValueError, match=r"a_compare\.jpg: would be two results at once"):
-        folder.check_outputs(jobs, may_exist=True)
+        check_outputs(jobs, may_exist=True)
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -224,7 +226,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    jobs, _, unreadable = folder.plan_jobs(tmp_path / "in", tmp_path / "out", "png")
+    jobs, _, unreadable = plan_jobs(tmp_path / "in", tmp_path / "out", "png")
     assert len(jobs) == 1
     assert unreadable == [f"{tmp_path / 'in' / 'locked'}: cannot be read (Permission denied)"]
 
@@ -335,9 +337,9 @@ def test_what_a_result_cannot_keep_is_told(tmp_path, restore, work):
     counts = folder.restore_all(run, jobs, [])
     reason = "transparency: JPEG files have none, and the picture is put on white"
     assert provenance.read_record(tmp_path / "out" / "a.jpg")["not_kept"] == [reason]
-    summary = folder.summarize(tmp_path / "out", jobs, counts, 0, [])
+    summary = summarize(tmp_path / "out", jobs, counts, 0, [])
     assert summary["not_kept"] == [{"input": "a.png", "output": "a.jpg", "reasons": [reason]}]
-    assert folder.summary_lines(summary)[:-1] == [f"not kept of a.png: {reason}"]
+    assert summary_lines(summary)[:-1] == [f"not kept of a.png: {reason}"]
 
 
 @pytest.mark.usefixtures("quick_compile")
@@ -484,10 +486,7 @@ def test_an_empty_result_is_not_done(photographs, restore, work, tmp_path):
     restore()
     (tmp_path / "out" / "a.png").write_bytes(b"")
     run, jobs = work(skip_existing=True)
-    assert (
-        folder.summarize(tmp_path / "out", jobs, folder.restore_all(run, [], []), 0, [])["folder"]["done"]
-        == 4
-    )
+    assert summarize(tmp_path / "out", jobs, folder.restore_all(run, [], []), 0, [])["folder"]["done"] == 4
     counts = restore(skip_existing=True)
     assert (counts["restored"], counts["kept"]) == (1, 4)
 
@@ -764,7 +763,8 @@ HOLDER = """
 import sys
 from pathlib import Path
 from zipir_jax import folder
-jobs, _, _ = folder.plan_jobs(Path(sys.argv[1]), Path(sys.argv[2]), "png")
+from zipir_jax.jobs import plan_jobs
+jobs, _, _ = plan_jobs(Path(sys.argv[1]), Path(sys.argv[2]), "png")
 lock = folder._claim(Path(sys.argv[2]) / folder.LOCKS, jobs[0])
 print("holds", jobs[0].name, flush=True)
 sys.stdin.read()
@@ -846,30 +846,30 @@ def test_the_summary_counts_what_stands_in_the_folder(photographs, work, tmp_pat
     output = tmp_path / "out"
     run, jobs = work(skip_existing=True)
     first = folder.restore_all(run, jobs[:2], [])
-    folder.write_summary(output, folder.summarize(output, jobs[:2], first, 0, []))
+    write_summary(output, summarize(output, jobs[:2], first, 0, []))
     counts = folder.restore_all(run, jobs, [])
-    folder.check_summary(output)
-    summary = folder.summarize(output, jobs, counts, 1, [])
-    folder.write_summary(output, summary)
-    folder.check_summary(output)
+    check_summary(output)
+    summary = summarize(output, jobs, counts, 1, [])
+    write_summary(output, summary)
+    check_summary(output)
     assert summary == json.loads((output / "summary.json").read_bytes())
     assert (summary["restored"], summary["kept"], summary["ignored"]) == (3, 2, 1)
     numbers = {name: summary["folder"][name] for name in ("expected", "done", "restored")}
     assert numbers == {"expected": 6, "done": 5, "restored": 3}
     assert list(summary["folder"]["seconds"]) == ["read", "encode", "denoise", "decode", "write"]
-    lines = folder.summary_lines(summary)
+    lines = summary_lines(summary)
     assert lines[0] == "failed: broken.png: not an image that can be read"
     assert lines[1].startswith("restored 3, kept 2, made by others 0, failed 1; ") and len(lines) == 2
     assert str(tmp_path) not in json.dumps(summary)
     # The same two processes, had they run at the same time.
     same_time = first | {"ended": counts["ended"]}
-    folder.write_summary(output, folder.summarize(output, jobs[:2], same_time, 0, []))
-    together = folder.summarize(output, jobs, counts, 1, [])["folder"]
+    write_summary(output, summarize(output, jobs[:2], same_time, 0, []))
+    together = summarize(output, jobs, counts, 1, [])["folder"]
     assert (together["started"], together["restored"]) == (first["started"], 5)
     for foreign in ('{"of": "somebody else"}', '{"folder": {}}', '{"ended": 5, "folder": {"started": ""}}'):
         (output / "summary.json").write_text(foreign)
         with pytest.raises(ValueError, match=r"summary\.json: is no summary of restored photographs"):
-            folder.check_summary(output)
+            check_summary(output)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Photographs of a folder, one after the other: what is to be made, who makes it, what stands on the disk meanwhile.
+"""Photographs of a folder, one after the other: who makes what, and what stands on the disk meanwhile.
 
 A result stands there whole or not at all, and never without its own record (provenance.py), which takes its place just
 before it, when the result of an earlier run is gone already: a run that is killed leaves at most a record alone, which
@@ -18,7 +18,6 @@ import dataclasses
 import errno
 import hashlib
 import io
-import json
 import os
 import signal
 import subprocess
@@ -38,14 +37,13 @@ from zipir_jax.config import RestorationConfig, TargetConfig
 from zipir_jax.files import (
     DiskFullError,
     check_replaceable,
-    check_writable,
     refusal,
     remove_unfinished,
     replacing,
 )
-from zipir_jax.imageio import IMAGE_SUFFIXES, distinct_names, resize, upright_size, visible_files
+from zipir_jax.imageio import resize, upright_size
+from zipir_jax.jobs import EXISTS, Job, is_there
 from zipir_jax.photograph import (
-    OUTPUT_FORMATS,
     Photograph,
     check_output,
     output_format,
@@ -53,9 +51,7 @@ from zipir_jax.photograph import (
     write_photograph,
 )
 
-EXISTS = "exists already; use --overwrite to replace it"
 LOCKS = ".zipir_jax"
-SUMMARY = "summary.json"
 LONGEST_NAME = 255  # bytes, of nearly all file systems
 # That records, and the temporary files of `files.replacing`, add to a result's name.
 LONGEST_ENDING = len(".") + len(".json") + len(".12345678")
@@ -69,154 +65,6 @@ raise_pixel_limit()
 read_photograph(sys.argv[1])
 """
 POLL = 0.5  # seconds between looks at pictures that other processes hold
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A photograph, and the files that are made of it."""
-
-    source: Path
-    name: str  # of the source, below the input folder
-    outputs: tuple[Path, ...]  # one for each seed
-    comparisons: tuple[Path, ...] = ()  # one for each output, or none
-
-
-# --------------------------------------------------------------------------------------------------
-# What is to be made
-# --------------------------------------------------------------------------------------------------
-
-
-def plan_jobs(
-    input: Path, output: Path, file_format: str, samples: int = 1, compare: str | None = None
-) -> tuple[list[Job], int, list[str]]:
-    """A job for each picture, the number of files that are none, and a sentence for each folder that cannot be read.
-
-    file_format: suffix, without its dot, of outputs that `output` does not name, or "same" for the input's where it can
-    be written. samples: outputs of each picture. compare: see `comparison_path`. Raises ValueError if there is no
-    picture, or the output cannot be.
-    """
-    if input.is_dir():
-        if output.is_file():
-            raise ValueError(f"{output} is a file, but {input} is a folder: its results need a folder")
-        sources, ignored, unreadable = find_photographs(input, output)
-        if not sources:
-            raise ValueError(f"{input} holds no images")
-        outputs = _mirrored(sources, input, output, file_format)
-    else:
-        if not input.exists():
-            raise ValueError(f"{input}: no such file or folder")
-        sources, ignored, unreadable = [input], 0, []
-        if output.is_dir() or not output.suffix:
-            outputs = [output / f"{input.stem}{_suffix(input, file_format)}"]
-        else:
-            outputs = [output]
-    for path in outputs:
-        output_format(path)  # refused here where it cannot be written
-    jobs = []
-    for source, path in zip(sources, outputs, strict=True):
-        numbered = [path]
-        if samples > 1:
-            numbered = [path.with_name(f"{path.stem}_{i}{path.suffix}") for i in range(1, samples + 1)]
-        comparisons = () if compare is None else tuple(comparison_path(each, compare) for each in numbered)
-        name = source.relative_to(input).as_posix() if input.is_dir() else source.name
-        jobs.append(Job(source, name, tuple(numbered), comparisons))
-    return jobs, ignored, unreadable
-
-
-def find_photographs(folder: Path, output: Path) -> tuple[list[Path], int, list[str]]:
-    """The pictures, by suffix, of a folder and those below it, sorted; how many files are none; what cannot be read.
-
-    Of the files that `imageio.visible_files` finds, what lies in the output folder is no input; where the input folder
-    lies in the output folder, this is said of results alone, which have records.
-    """
-    results = os.path.realpath(output)
-    is_within = Path(os.path.realpath(folder)).is_relative_to(results)
-    paths, ignored, unreadable = [], 0, []
-
-    def complain(error):
-        unreadable.append(f"{error.filename}: cannot be read ({error.strerror})")
-
-    for visible in visible_files(folder, results, complain):
-        made = _made_files(visible) if is_within else set()
-        pictures = [path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES]
-        ignored += len(visible) - len(pictures)
-        paths += [path for path in pictures if path not in made]
-    return sorted(paths), ignored, unreadable
-
-
-def _made_files(files):
-    """Those of the files of one folder that are results, or comparisons of them."""
-    made = set()
-    for path in files:
-        if path.suffix == ".json" and provenance.read_record(result := path.with_suffix("")) is not None:
-            made |= {result, *(comparison_path(result, compare) for compare in comparison.ENDINGS)}
-    return made
-
-
-def _mirrored(sources, input, output, file_format):
-    """An output for each source, in the place that the source has in its folder."""
-    by_folder, outputs = {}, {}
-    for source in sources:
-        by_folder.setdefault(source.parent, []).append(source)
-    for folder, paths in by_folder.items():
-        for source, name in zip(paths, distinct_names(paths), strict=True):
-            outputs[source] = output / folder.relative_to(input) / f"{name}{_suffix(source, file_format)}"
-    folders = {parent for path in outputs.values() for parent in path.parents}
-    for source, path in outputs.items():
-        if path in folders:  # beside a.jpg is a folder a.png
-            outputs[source] = path.with_name(f"{source.name}{path.suffix}")
-    return [outputs[source] for source in sources]
-
-
-def _suffix(source, file_format):
-    if file_format != "same":
-        return f".{file_format}"
-    return source.suffix if source.suffix.lower() in OUTPUT_FORMATS else ".png"
-
-
-def comparison_path(output: Path, compare: str) -> Path:
-    """Where the comparison of a result stands; compare: "side-by-side" for a picture, "slider" for a page of HTML."""
-    ending = comparison.ENDINGS[compare]
-    if ending == ".png" and output.suffix.lower() in (".jpg", ".jpeg"):
-        ending = ".jpg"
-    return output.with_name(f"{output.stem}_compare{ending}")
-
-
-def check_outputs(jobs: list[Job], may_exist: bool) -> None:
-    """Raises ValueError for a file that would be an input or two results, exists and may not, or cannot be written.
-
-    Nothing is written: a refused run leaves no folders behind.
-    """
-    inputs = {_identity(job.source) for job in jobs if os.path.exists(job.source)}
-    written = Counter(path for job in jobs for path in (*job.outputs, *job.comparisons))
-    for path, count in written.items():
-        if count > 1:
-            raise ValueError(f"{path}: would be two results at once; rename the input that is called like it")
-        if not os.path.exists(path):
-            continue
-        # With --overwrite as well: a photograph that its restoration replaced could not be had again.
-        if _identity(path) in inputs:
-            raise ValueError(f"{path}: the output would replace an input; choose another output")
-        if not may_exist:
-            raise ValueError(f"{path}: {EXISTS}")
-    for folder in {path.parent for path in written}:
-        check_writable(folder)
-
-
-def is_there(path: Path) -> bool:
-    """Whether a result, or a comparison, stands; an empty file, as power cuts leave them, is none."""
-    return os.path.isfile(path) and os.path.getsize(path) > 0
-
-
-def _identity(path):
-    """Equal for two paths of the same file, through links and any spelling of the name."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-# --------------------------------------------------------------------------------------------------
-# The queue
-# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -736,83 +584,3 @@ def _state(path):
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_mtime_ns
-
-
-# --------------------------------------------------------------------------------------------------
-# The summary
-# --------------------------------------------------------------------------------------------------
-
-
-def check_summary(folder: Path) -> None:
-    """Raises ValueError where something else stands in the place of the summary."""
-    path = folder / SUMMARY
-    if os.path.lexists(path) and _read_summary(path) is None:
-        raise ValueError(f"{path}: is no summary of restored photographs; choose another output")
-
-
-def _read_summary(path):
-    """None where there is none, or another file in its place."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict) or not isinstance(found.get("folder"), dict):
-        return None
-    times = found.get("ended"), found["folder"].get("started")
-    return found if all(isinstance(time, str) for time in times) else None
-
-
-def summarize(folder: Path, jobs: list[Job], counts: dict, ignored: int, unreadable: list[str]) -> dict:
-    """What this process did, and what stands in the folder, whoever made it, by its records.
-
-    counts: of `restore_all`. Of processes that shared the folder the last one has seen what became of every picture.
-    """
-    started = counts["started"]
-    earlier = _read_summary(folder / SUMMARY) or {}
-    if earlier.get("ended", "") > started:  # of a process that ran at the same time
-        started = min(started, earlier["folder"]["started"])
-    seconds, done, restored = Counter(), 0, 0
-    for output in (output for job in jobs for output in job.outputs):
-        if is_there(output):
-            done += 1
-            found = provenance.read_record(output) or {}
-            restored += found.get("finished", "") >= started
-            seconds.update(found.get("seconds", {}))
-    return {
-        **{name: count for name, count in counts.items() if name != "error"},
-        "ignored": ignored,
-        "unreadable_folders": unreadable,
-        "folder": {
-            "started": started,  # the first of the processes
-            "expected": sum(len(job.outputs) for job in jobs),
-            "done": done,
-            "restored": restored,  # since then, by all of them
-            "seconds": {phase: round(spent, 1) for phase, spent in seconds.items()},
-        },
-    }
-
-
-def write_summary(folder: Path, summary: dict) -> None:
-    """Raises ValueError as `replacing`."""
-    with replacing(folder / SUMMARY) as file:
-        file.write(provenance.as_json(summary))
-
-
-def not_kept_lines(counts: dict) -> list[str]:
-    """One for each result of `restore_all` that lacks something of its photograph."""
-    return [f"not kept of {each['input']}: {'; '.join(each['reasons'])}" for each in counts["not_kept"]]
-
-
-def summary_lines(summary: dict) -> list[str]:
-    """What a person reads."""
-    failed = [f"failed: {each['input']}: {each['reason']}" for each in summary["failed"]]
-    failed += [f"failed: {sentence}" for sentence in summary["unreadable_folders"]]
-    counts = ", ".join(
-        f"{name.replace('_', ' ')} {summary[name]}" for name in ("restored", "kept", "made_by_others")
-    )
-    return [
-        *not_kept_lines(summary),
-        *failed,
-        f"{counts}, failed {len(failed)}; {summary['seconds']:.1f} s, {summary['pictures_per_minute']:.1f} pictures a "
-        f"minute; {summary['folder']['done']} of {summary['folder']['expected']} are there",
-    ]

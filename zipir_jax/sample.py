@@ -13,7 +13,9 @@ from tqdm import tqdm
 from zipir_jax import folder
 from zipir_jax.command_line import cache_compiled_programs, memory_bytes, parse, run
 from zipir_jax.config import PRESETS, RestorationConfig, TargetConfig, check_seed
+from zipir_jax.jobs import Job, check_outputs, is_there, plan_jobs
 from zipir_jax.signals import delayed_signals
+from zipir_jax.summary import check_summary, not_kept_lines, summarize, summary_lines, write_summary
 
 
 def restore_files(
@@ -71,11 +73,11 @@ def restore_files(
     check_seed(seed + n_samples - 1)
     if skip_existing and overwrite:
         raise ValueError("--skip-existing keeps what exists and --overwrite replaces it; give one of them")
-    jobs, ignored, unreadable = folder.plan_jobs(input, output, format, n_samples, compare)
+    jobs, ignored, unreadable = plan_jobs(input, output, format, n_samples, compare)
     # In a folder, and with --skip-existing, what exists is told of when its turn comes.
-    folder.check_outputs(jobs, may_exist=overwrite or skip_existing or input.is_dir())
+    check_outputs(jobs, may_exist=overwrite or skip_existing or input.is_dir())
     if input.is_dir():
-        folder.check_summary(output)
+        check_summary(output)
     if negative_prompt is not None and sampling.guidance == 1:
         raise ValueError("a negative prompt has no effect with guidance 1; leave one of them out")
     # Importing jax takes seconds; bad arguments should not wait for it.
@@ -96,7 +98,7 @@ def restore_files(
     prompts = prompt_pairs(
         sources, below, weights, config, prompt, negative_prompt, prompt_file, text_encoder
     )
-    to_restore = [job for job in jobs if overwrite or not all(map(folder.is_there, job.outputs))]
+    to_restore = [job for job in jobs if overwrite or not all(map(is_there, job.outputs))]
     pairs = [prompts[job.source] for job in to_restore if prompts[job.source] is not None]
     words = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
     embeddings = embed_prompts(words, weights, config, text_encoder, dry_run)
@@ -134,15 +136,15 @@ def restore_files(
         counts = folder.restore_all(work, jobs, stopped, report, complain)
     failed = counts["failed"]
     if input.is_dir():
-        summary = folder.summarize(output, jobs, counts, ignored, unreadable)
+        summary = summarize(output, jobs, counts, ignored, unreadable)
         # Before it is written, for which there may be no space.
-        print(*map(printable, folder.summary_lines(summary)), sep="\n", flush=True)
-        folder.write_summary(output, summary)
+        print(*map(printable, summary_lines(summary)), sep="\n", flush=True)
+        write_summary(output, summary)
     else:
         for path in jobs[0].outputs:
             if path.name not in [failure["output"] for failure in failed] and path.exists():
                 print(path)
-        for line in folder.not_kept_lines(counts):
+        for line in not_kept_lines(counts):
             print(printable(line), file=sys.stderr)
     if counts["error"] is not None:
         raise counts["error"]
@@ -153,7 +155,7 @@ def restore_files(
     return 1 if failed or unreadable else 0
 
 
-def describe(work: folder.Run, jobs: list[folder.Job]) -> int:
+def describe(work: folder.Run, jobs: list[Job]) -> int:
     """Print how each picture would be restored."""
     failures = 0
     for job in jobs:
