@@ -339,6 +339,14 @@ def killed_and_resumed(
     def done():
         return sum(what == "done" for _, what, _ in noted(output))
 
+    def at_work(processes):
+        """Those that have begun with a good photograph and not ended."""
+        begun, ended = (
+            {(pid, name) for pid, what, name in noted(output) if what == kind and name in good}
+            for kind in ("begun", "done")
+        )
+        return {pid for pid, _ in begun - ended} & {process.pid for process in processes}
+
     for kill in range(kills):
         running = [start(source, output, "--skip-existing") for _ in range(processes)]
         left, shares = len(good) - len(seen), kills - kill + 1
@@ -348,19 +356,17 @@ def killed_and_resumed(
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.5))  # so that it may be in the middle of anything
         alive = [process for process in running if process.poll() is None]
+        while not at_work(alive) and time.monotonic() < deadline:  # but not between two photographs
+            time.sleep(0.01)
         for process in alive:
             process.kill()
         for process in running:
             process.wait()
-        begun, ended = (
-            {(pid, name) for pid, what, name in noted(output) if what == kind and name in good}
-            for kind in ("begun", "done")
-        )
-        at_work = {pid for pid, _ in begun - ended} & {process.pid for process in alive}
-        if not at_work:
+        met = at_work(alive)
+        if not met:
             problems.append(f"kill {kill + 1} met nobody at work")
         look()
-        moments.append((len(seen), len(at_work)))
+        moments.append((len(seen), len(met)))
     print(f"  results after each kill, and killed processes that were at work: {moments}", flush=True)
     running = [start(source, output, "--skip-existing") for _ in range(processes)]
     problems += [f"exit status {status}" for process in running if (status := process.wait(TIMEOUT)) != 1]
@@ -406,7 +412,7 @@ def main() -> int:
             f"{options.files}, 16 of them large",
             flush=True,
         )
-        if of_all > of_few + LARGE[0] * LARGE[1] * 3 * 4:  # one of them in float32
+        if of_all > of_few + 2 * LARGE[0] * LARGE[1] * 3 * 4:  # two of them in float32: by chance they meet
             problems.append("memory grows with the number of files")
         for processes in options.processes:
             print(f"{options.kills} kills of {processes} at once", flush=True)
