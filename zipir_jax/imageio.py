@@ -227,9 +227,9 @@ def decode(file: io.BufferedIOBase) -> Decoded:
     """The picture in a file: what the content says it is, whatever the file is called. To be called within `opened`.
 
     Of an MPO file, the first picture; of HEIC, the primary one. A profile that is damaged or of other pixels counts as
-    absent; CMYK, and profiles that have no way back, as those of scanners, are converted to sRGB, whose
-    profile stands in their place.
-    Colours that are all grey are one channel, in sRGB: palettes and WebP files have no other way to hold grey.
+    absent; CMYK, and profiles that have no way back, as those of scanners, are converted to sRGB, whose profile stands
+    in their place. Colours that are all grey are one channel, in sRGB: palettes and WebP files have no other way to
+    hold grey.
     """
     read = _read_heif if _is_heif(file) else _read_tiff if _is_tiff(file) else _read_with_pillow
     pixels, alpha, file_format, profile, exif, xmp, orientation, lost = read(file)
@@ -376,12 +376,9 @@ def _check_jpeg_is_whole(image, file):
         at += 4 + len(segment)
     if (np.abs(np.array(image.getpixel((image.width - 1, image.height - 1))) - 127.5) < 1).all():
         at = JPEG_MARKER.search(data, at).start()
-        noise = np.random.default_rng(0).integers(
-            0, 255, (17, 256), np.uint8
-        )  # no 255, with which markers begin
-        restarts = [
-            b"\xff%c" % (0xD0 + i % 8) for i in range(17)
-        ]  # of which the missing part may begin with any
+        # No 255, with which markers begin; and markers of restarts, of which the missing part may begin with any.
+        noise = np.random.default_rng(0).integers(0, 255, (17, 256), np.uint8)
+        restarts = [b"\xff%c" % (0xD0 + i % 8) for i in range(17)]
         more = b"".join(part for pair in zip(map(bytes, noise), restarts, strict=True) for part in pair)
         with Image.open(io.BytesIO(data[:at] + more + data[at:]), formats=("JPEG",)) as other:
             if other.tobytes() != image.tobytes():
