@@ -13,10 +13,11 @@ from zipir_jax.data.degrade import apply_task
 from zipir_jax.data.preview import GAP, LABEL_HEIGHT
 from zipir_jax.imageio import read_image, resize, to_float, to_uint8
 from zipir_jax.metrics.photographs import read_original
+from zipir_jax.metrics.restoration import load_plain
 from zipir_jax.models import sd_vae
 from zipir_jax.models.lp_vae import decode, encode
 from zipir_jax.photograph import write_image
-from zipir_jax.restorer import Restorer
+from zipir_jax.restorer import Restorer, pad_by_reflection
 from zipir_jax.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -120,6 +121,31 @@ def test_the_same_command_gives_the_same_numbers(photographs, tiny_weights, tmp_
     assert len(results[0]) == 1 and results[0] == results[1]
 
 
+def test_ablates_what_the_model_is_made_of(photographs, tiny_weights, tmp_path, call):
+    arguments = ["--hq", photographs, "--limit", 1, "--task", "sr8", "--weights", tiny_weights, "--steps", 2]
+    status, _, err = call(evaluate.main, *arguments, "--ablate", "--output", tmp_path / "results.json")
+    assert status == 0, err
+    result = json.loads((tmp_path / "results.json").read_text())["tasks"]["sr8"]
+    assert list(result["means"]) == [
+        "bicubic",
+        "D_f without diffusion",
+        "D_f, 2 steps",
+        "D_f* without diffusion",
+        "zipir_jax, 1 step",
+        "zipir_jax, 8 steps",
+        "zipir_jax, 2 steps",
+    ]
+
+
+def test_the_plain_restorer_decodes_by_d_f(tiny_weights):
+    photograph = to_float(skimage.data.astronaut()[100:164, 200:264])
+    restored = load_plain(tiny_weights).restore(photograph, scale=1, denoise=False)
+    config, groups = load_weights(tiny_weights, ("statistics", "fine_decoder"))
+    latent = encode(groups, config.lp_vae, pad_by_reflection(photograph[None], 128, 128))
+    decoded = np.asarray(decode(groups, config.lp_vae, latent))[0, 32:-32, 32:-32]
+    np.testing.assert_allclose(restored, np.clip(decoded, -1, 1), atol=1e-4)
+
+
 def test_reconstructs_what_nothing_was_done_to(tiny_weights, sd_vae_folder, tmp_path, call):
     original = skimage.data.astronaut()[100:164, 200:280]  # 80 pixels are padded to 96
     write_image(tmp_path / "hq" / "a.png", original)
@@ -173,6 +199,10 @@ def test_errors_of_reconstruction_are_one_sentence(photographs, tiny_weights, t5
         (
             ["--reconstruct", "--weights", export],
             "the weights have no fine_decoder; they hold coarse_encoder",
+        ),
+        (
+            ["--reconstruct", "--ablate", "--weights", tiny_weights],
+            "--ablate is of restorations: leave out --reconstruct",
         ),
         (
             ["--reconstruct"],

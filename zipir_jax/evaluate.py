@@ -42,6 +42,7 @@ def evaluate(
     limit: int | None = None,
     output: Path | None = None,
     pictures: Path | None = None,
+    ablate: bool = False,
     reconstruct: bool = False,
     sd_vae: Path | None = None,
     restoration: tyro.conf.OmitArgPrefixes[RestorationConfig] = RestorationConfig(),
@@ -57,6 +58,8 @@ def evaluate(
         limit: use the first photographs of the folder only, this many
         output: JSON file for the numbers of every picture
         pictures: folder for the restored pictures, and for comparisons with bicubic and original
+        ablate: score beside the model what it is with fewer steps and with D_f in place of D_f*, for which it needs the
+            weights of a run, as the default ones have no D_f
         reconstruct: encode and decode the photographs as they are, by an LP-VAE that still has its D_f (--weights; the
             default ones have none)
         sd_vae: with --reconstruct, a folder that `prepare import-sd-vae` wrote, to compare with, or alone
@@ -67,6 +70,8 @@ def evaluate(
         raise ValueError(
             "--reconstruct degrades and samples nothing: leave out --task and settings of sampling and colours"
         )
+    if reconstruct and ablate:
+        raise ValueError("--ablate is of restorations: leave out --reconstruct")
     if sd_vae is not None and not reconstruct:
         raise ValueError("--sd-vae restores nothing: it needs --reconstruct")
     if reconstruct and weights == "default" and sd_vae is None:
@@ -91,7 +96,7 @@ def evaluate(
         methods = reconstructions(weights, sd_vae)
         titles = {RECONSTRUCTION: f"{RECONSTRUCTION}, {BASELINE} from {describe(TASKS['sr8'])}"}
     else:
-        methods = restorations(weights, restoration, seed)
+        methods = restorations(weights, restoration, seed, ablate)
         titles = {name: f"{name}: {describe(TASKS[name])}" for name in tasks}
     ours = list(methods)[-1]
     results = {name: [] for name in tasks}
@@ -137,14 +142,16 @@ def evaluate(
         print("\n" + "\n".join(f"wrote {path}" for path in written))
 
 
-def restorations(weights: str, restoration: RestorationConfig, seed: int) -> dict:
+def restorations(weights: str, restoration: RestorationConfig, seed: int, ablate: bool) -> dict:
     """Methods that restore an LQ picture, by name; raises ValueError for weights or sampling that do not do."""
-    from zipir_jax.metrics.restoration import restoration_methods
+    from zipir_jax.metrics.restoration import ablation_methods, load_plain, restoration_methods
     from zipir_jax.metrics.scoring import describe_restoration
     from zipir_jax.restorer import Restorer, check_sampling
 
     restorer = Restorer.load(weights)
     check_sampling(restorer.config, restoration.sampling, restorer.negative_text is not None)
+    if ablate:
+        return ablation_methods(restorer, load_plain(weights), restoration, seed)
     return restoration_methods(
         restorer, {f"zipir_jax, {describe_restoration(restoration)}": restoration}, seed
     )

@@ -40,7 +40,7 @@ from zipir_jax.imageio import LARGEST_SIDE, resize, to_float, to_uint8
 from zipir_jax.models.attention import check_implementation
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind
-from zipir_jax.models.lp_vae import FACTOR, encode, unwhiten, whiten
+from zipir_jax.models.lp_vae import FACTOR, decode, encode, unwhiten, whiten
 from zipir_jax.models.pixel_decoder import pixel_decode
 from zipir_jax.photograph import Photograph
 from zipir_jax.planner import MARGIN, TEXT_BLOCK, Plan, available_memory, make_plan, padded_size, refusing
@@ -414,7 +414,11 @@ def _take_step(config, weights, numbers, read, keys, carry, step):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="lq")  # the result takes its place
 def _decode(config, tiling, weights, latent, lq):
-    return jnp.clip(pixel_decode(weights["pixel_decoder"], config.lp_vae, latent, lq, tiling), -1, 1)
+    if "pixel_decoder" in weights:
+        restored = pixel_decode(weights["pixel_decoder"], config.lp_vae, latent, lq, tiling)
+    else:  # D_f, to see what the pixels add
+        restored = decode(weights, config.lp_vae, latent, tiling)
+    return jnp.clip(restored, -1, 1)
 
 
 def in_compute_dtype(config: ModelConfig, weights: dict) -> dict:

@@ -45,7 +45,7 @@ def test_every_combination_restores_every_photograph(photographs, tiny_weights, 
     status, out, err = call(benchmark.main, *command, "--output", output, "--plot", picture)
     assert status == 0, err
     report = json.loads(output.read_text())
-    names = ["ddim, 1 steps", "ddim, 2 steps", "unipc, 1 steps", "unipc, 2 steps"]
+    names = ["ddim, 1 step", "ddim, 2 steps", "unipc, 1 step", "unipc, 2 steps"]
     methods = [BASELINE, UNDIFFUSED, *names]
     assert [(row["task"], row["method"]) for row in report["rows"]] == [
         (task, method) for task in ("mixture", "sr8") for method in methods

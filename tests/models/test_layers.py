@@ -18,6 +18,8 @@ from zipir_jax.models.layers import (
     conv,
     count_params,
     depth_to_space,
+    enlarging_conv,
+    folded_conv,
     init_params,
     smooth,
     space_to_depth,
@@ -136,6 +138,28 @@ def test_upsample_adds_what_it_unfolds_to_the_bilinear_picture(image):
     np.testing.assert_allclose(layer(image), expected, atol=1e-6)
     # Nearest neighbours, smoothed, are the bilinear enlargement: the two summands share one filter.
     np.testing.assert_allclose(smooth(image.repeat(2, 1).repeat(2, 2)), bilinear_upsample(image), atol=1e-6)
+
+
+def test_a_convolution_of_folded_pixels_is_the_convolution(image):
+    layer = conv(3, 5, nnx.Rngs(0), dtype="float32")
+    layer.bias[...] = jax.random.normal(jax.random.key(1), (5,))
+    folded = folded_conv(layer, space_to_depth(image, 2))
+    np.testing.assert_allclose(depth_to_space(folded, 2), layer(image), atol=1e-5)
+
+
+def test_an_enlarging_convolution_is_that_of_the_bilinear_enlargement(image):
+    layer = conv(3, 5, nnx.Rngs(0), dtype="float32")
+    layer.bias[...] = jax.random.normal(jax.random.key(1), (5,))
+    beyond = jnp.pad(image, [(0, 0), (2, 2), (2, 2), (0, 0)], "edge")
+    expected = layer(bilinear_upsample(beyond))[:, 4:-4, 4:-4]
+    np.testing.assert_allclose(depth_to_space(enlarging_conv(layer, image), 2), expected, atol=1e-5)
+
+
+def test_the_gradient_of_smoothing_is_its_transpose(image):
+    weights = jax.random.normal(jax.random.key(2), (5, *image.shape))
+    for weight in weights:
+        value, gradient = jax.value_and_grad(lambda x, weight=weight: (smooth(x) * weight).sum())(image)
+        np.testing.assert_allclose((image * gradient).sum(), value, rtol=1e-4, atol=1e-4)
 
 
 def test_upsample_without_unfolding_is_a_convolution_of_the_enlargement(image):

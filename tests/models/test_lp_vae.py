@@ -244,7 +244,7 @@ def test_the_patched_stem_folds_pixels_and_ends_at_full_resolution():
         decoder,
         jax.ShapeDtypeStruct((1, 2, 3, 64), jnp.float32),
     )
-    assert features.shape == (1, 64, 96, 4)
+    assert features.shape == (1, 32, 48, 4 * 4)  # 2 x 2 pixels folded
 
 
 def test_encoder_features_end_each_scale():

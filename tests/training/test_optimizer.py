@@ -100,3 +100,39 @@ def test_each_player_has_adam_with_its_own_rate_betas_and_clipping(size):
     np.testing.assert_allclose(moved["generator"]["bias"], expected, atol=1e-6)
     expected = adam(start["discriminator"], gradients["discriminator"], [4e-3] * 4, 0.5, 0.9, 2.0)
     np.testing.assert_allclose(moved["discriminator"]["bias"], expected, atol=1e-6)
+
+
+def test_muon_moves_kernels_by_orthogonal_matrices_as_large_as_the_updates_of_adam():
+    """A convolution's window and inputs are the rows of one matrix, each layer of a stack has its own."""
+    config = with_optimizer(algorithm="muon", warmup_steps=0, weight_decay=0.0)
+    rng = np.random.default_rng(0)
+    shapes = {"conv": (3, 3, 4, 8), "stack": (5, 16, 12), "linear": (6, 24)}
+    gradient = {name: {"kernel": rng.standard_normal(shape)} for name, shape in shapes.items()}
+    gradient["linear"]["bias"] = rng.standard_normal(24)
+    gradient = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradient)
+    both = {"generator": gradient, "discriminator": {}}
+    moved = update(config, jax.tree.map(jnp.zeros_like, both), lambda _: both, 1)["generator"]
+    for name, shape in shapes.items():
+        matrices = np.asarray(moved[name]["kernel"]).reshape(
+            {"conv": (1, 36, 8), "stack": shape, "linear": (1, *shape)}[name]
+        )
+        for matrix in matrices:
+            singular = np.linalg.svd(matrix, compute_uv=False)
+            assert singular.max() / singular.min() < 2.5  # what five Newton-Schulz iterations leave
+            assert 0.6 < np.sqrt((matrix**2).mean()) / (0.2 * 1e-2) < 1.3
+    np.testing.assert_allclose(
+        moved["linear"]["bias"], -1e-2 * np.sign(gradient["linear"]["bias"]), rtol=1e-3
+    )
+
+
+def test_muon_trains_only_what_its_gradient_is_finite_for():
+    params = {"generator": {"kernel": jnp.ones((4, 4))}, "discriminator": {}}
+    moved = update(
+        with_optimizer(algorithm="muon"), params, lambda _: jax.tree.map(lambda x: x * jnp.nan, params), 3
+    )
+    np.testing.assert_array_equal(moved["generator"]["kernel"], 1)
+
+
+def test_an_unknown_algorithm_is_refused():
+    with pytest.raises(ValueError, match="algorithm 'sgd' is not one of"):
+        OptimizerConfig(algorithm="sgd")

@@ -134,7 +134,7 @@ def describe(task: Task) -> str:
 def describe_restoration(restoration: RestorationConfig) -> str:
     """The steps, and what is not as by default."""
     sampling = restoration.sampling
-    shown = [f"{sampling.steps} steps"]
+    shown = [f"{sampling.steps} step{'s' * (sampling.steps != 1)}"]
     for name, value in dataclasses.asdict(sampling).items():
         if name != "steps" and value != getattr(SamplingConfig, name):
             shown.append(f"{name} {value}")

@@ -18,9 +18,11 @@ from zipir_jax.models.layers import (
     ResidualBlock,
     Upsample,
     area_downsample,
-    bilinear_upsample,
     bind,
     conv,
+    depth_to_space,
+    enlarging_conv,
+    folded_conv,
     space_to_depth,
 )
 from zipir_jax.models.tiling import Tiling, decoder_halo, encoder_halo, map_tiles, tiled_scales
@@ -108,7 +110,8 @@ class Decoder(nnx.Module):
         self.blocks_per_scale = config.blocks_per_scale
         self.norm = nnx.RMSNorm(previous, dtype=dtype, rngs=rngs)
         # Where the encoder folds pixels into patches, the decoder does not unfold them: sub-pixels with weights of
-        # their own would leave a grid. It enlarges and convolves, and what is flat before stays flat.
+        # their own would leave a grid. It enlarges and convolves, and what is flat before stays flat. It is computed
+        # with 2 x 2 pixels folded into channels, which are many there where features are few.
         enlarge = []
         for doubling in reversed(range(config.patch.bit_length() - 1)):
             width = config.pixel_channels * 2**doubling
@@ -118,8 +121,11 @@ class Decoder(nnx.Module):
         self.head_conv = conv(previous, 3, rngs, dtype=dtype)
 
     def features(self, latent: Float[Array, "b h w c"], fuse=None) -> Float[Array, "b h2 w2 c2"]:
-        """Everything before the last convolution. `fuse(scale, h) -> h` may add to what enters each scale, lowest
-        resolution first, and to what leaves each doubling within a patch."""
+        """Everything before the last convolution; where the encoder folds patches, 2 x 2 pixels folded into channels.
+
+        `fuse(scale, h) -> h` may add to what enters each scale, lowest resolution first, and to what leaves each
+        doubling within a patch, folded as above.
+        """
         scales = len(self.ups) + 1
         return self.high_scales(self.low_scales(latent, scales, fuse), scales, fuse)
 
@@ -132,7 +138,7 @@ class Decoder(nnx.Module):
         h = self._scales(h, start, len(self.ups) + 1, fuse)
         h = nnx.swish(self.norm(h))
         for i, layer in enumerate(self.enlarge):
-            h = nnx.swish(layer(bilinear_upsample(h)))
+            h = nnx.swish(enlarging_conv(layer, depth_to_space(h, 2) if i else h))
             if fuse is not None:
                 h = fuse(len(self.ups) + 1 + i, h)
         return h
@@ -149,7 +155,9 @@ class Decoder(nnx.Module):
 
     def head(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
         """The last convolution; float32."""
-        return self.head_conv(features).astype(jnp.float32)
+        if not self.enlarge:
+            return self.head_conv(features).astype(jnp.float32)
+        return depth_to_space(folded_conv(self.head_conv, features).astype(jnp.float32), 2)
 
     def __call__(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
         return self.head(self.features(latent))

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from zipir_jax.config import LPVAEConfig
-from zipir_jax.models.layers import ResidualBlock, area_downsample, bind, conv
+from zipir_jax.models.layers import ResidualBlock, area_downsample, bind, conv, folded_conv, space_to_depth
 from zipir_jax.models.lp_vae import Decoder, Encoder, run_high_scales
 from zipir_jax.models.tiling import Tiling, map_tiles, pixel_decoder_halo, tiled_scales
 
@@ -52,7 +52,7 @@ class PixelDecoder(nnx.Module):
     def features(
         self, latent: Float[Array, "b h w c"], lq: Float[Array, "b h2 w2 3"]
     ) -> Float[Array, "b h2 w2 c2"]:
-        """Everything before the last convolution."""
+        """Everything before the last convolution, as of `Decoder.features`."""
         return self.decoder.features(latent, self.fuse(lq, self.extractor.features(lq), 0))
 
     def fuse(self, lq: Float[Array, "b h w 3"], features: list[Float[Array, "b _h _w _c"]], first: int):
@@ -62,8 +62,8 @@ class PixelDecoder(nnx.Module):
         def fuse(scale, h):
             if scale < len(self.fusions):
                 return self.fusions[scale](h, skips[scale])
-            enlarging = scale - len(self.fusions)
-            return h + self.pixel_fusions[enlarging](area_downsample(lq, lq.shape[1] // h.shape[1]))
+            pixels = space_to_depth(area_downsample(lq, lq.shape[1] // (2 * h.shape[1])), 2)
+            return h + folded_conv(self.pixel_fusions[scale - len(self.fusions)], pixels)
 
         return fuse
 

@@ -87,11 +87,12 @@ def training_flops(config: TrainConfig, height: int, width: int, *, adversarial:
 
 def _image_loss_flops(config, decoder, height, width, adversarial):
     """Of LPIPS and the discriminator, as `losses.image_gradients` runs them, on images of these sides."""
-    side = config.loss.lpips_crop
-    backbone = lpips_features_flops(
-        lpips_net(config.loss.lpips_net), *((side, side) if side else (height, width))
-    )
-    flops = 3 * backbone  # forward on the image and its target, backward to the image
+    flops = 0
+    if config.loss.lpips:
+        side = config.loss.lpips_crop
+        sides = (side, side) if side else (height, width)
+        # Forward on the image and its target, backward to the image.
+        flops += 3 * lpips_features_flops(lpips_net(config.loss.lpips_net), *sides)
     if adversarial:
         # For the generator forward and backward to the image; then trained, on the image and its target.
         flops += (2 + 2 * 3) * discriminator_flops(config.discriminator, height, width)

@@ -83,6 +83,8 @@ def image_gradients(
 
     def reconstruction(image):
         l1 = jnp.abs(image - target).mean()
+        if not loss.lpips:
+            return loss.l1 * l1, {"l1": l1}
         lpips = lpips_distance(lpips_params, *random_windows(key, loss.lpips_crop, image, target)).mean()
         return loss.l1 * l1 + loss.lpips * lpips, {"l1": l1, "lpips": lpips}
 

@@ -2,6 +2,7 @@
 
 import jax
 import optax
+import optax.contrib
 
 from zipir_jax.config import TrainConfig
 
@@ -15,7 +16,7 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW for "generator", Adam for "discriminator", each with its gradient's global norm clipped.
+    """AdamW or Muon for "generator", Adam for "discriminator", each with its gradient's global norm clipped.
 
     Where a gradient is not finite, nothing changes but `last_finite` and the count of such steps in a row,
     `notfinite_count`, in its state.
@@ -26,9 +27,20 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         # By name: in the DiT's stacked blocks biases and norm scales have two axes as well.
         return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
-    generator = optax.adamw(
-        learning_rate(config), o.beta1, o.beta2, weight_decay=o.weight_decay, mask=kernels
-    )
+    if o.algorithm == "muon":
+        generator = optax.contrib.muon(
+            learning_rate(config),
+            beta=o.momentum,
+            weight_decay=o.weight_decay,
+            adam_b1=o.beta1,
+            adam_b2=o.beta2,
+            consistent_rms=0.2,  # root mean square of the updates / learning rate, as AdamW's (Liu et al. 2025)
+            muon_weight_dimension_numbers=_matrices,
+        )
+    else:
+        generator = optax.adamw(
+            learning_rate(config), o.beta1, o.beta2, weight_decay=o.weight_decay, mask=kernels
+        )
     # beta1 0.5 as in Isola et al. 2017: the discriminator chases a moving target.
     discriminator = optax.adam(config.loss.discriminator_learning_rate, 0.5, 0.9)
     both = optax.partition(
@@ -40,3 +52,19 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
     # It would give in after so many; the training loop stops long before.
     return optax.apply_if_finite(both, max_consecutive_errors=2**31 - 1)
+
+
+def _matrices(params: dict) -> dict:
+    """Of each kernel which axes Muon takes for a matrix's rows and columns; None for what is no kernel.
+
+    A convolution's [height, width, in, out] is one matrix from its window to its output; of a linear layer's
+    [layers, in, out] each layer is one.
+    """
+
+    def matrix(path, x):
+        if path[-1].key != "kernel":
+            return None
+        rows = (0, 1, 2) if x.ndim == 4 else (x.ndim - 2,)
+        return optax.contrib.MuonDimensionNumbers(rows, (x.ndim - 1,))
+
+    return jax.tree.map_with_path(matrix, params)
