@@ -90,6 +90,13 @@ def test_scores_a_folder(photographs, tiny_weights, tmp_path, call):
                 left = column * (64 + GAP)
                 np.testing.assert_array_equal(comparison[LABEL_HEIGHT:, left : left + 64], image)
                 assert comparison[:LABEL_HEIGHT, left : left + 64].max() > 200  # a label
+            # On the sheet of the photograph, which is small enough to be there whole, the input comes first.
+            sheet = to_uint8(read_image(tmp_path / "pictures" / f"{picture['picture'][0]}_sheet.png"))
+            pitch = LABEL_HEIGHT + 64
+            row = sheet[list(report["tasks"]).index(task) * pitch :][:pitch]
+            np.testing.assert_array_equal(row[LABEL_HEIGHT:, 64 + GAP :], comparison[LABEL_HEIGHT:])
+            squares = lq.repeat(64 // len(lq), 0).repeat(64 // len(lq), 1)
+            np.testing.assert_array_equal(row[LABEL_HEIGHT:, :64], squares)
     for path in [*(tmp_path / "pictures").iterdir(), tmp_path / "new" / "results.json"]:
         assert f"wrote {path}\n" in out
 
@@ -223,7 +230,7 @@ def test_errors_are_one_sentence(photographs, tiny_weights, tmp_path, call):
         (["--hq", tmp_path / "absent"], "absent: no such folder"),
         (["--hq", tmp_path / "empty"], "empty holds no images"),
         (["--hq", photographs / "a.png"], "a.png: no such folder"),
-        (["--photo", "mona_lisa"], "photo 'mona_lisa' is not one of astronaut, chelsea"),
+        (["--photo", "coffee, mona_lisa"], "photo 'mona_lisa' is not one of astronaut, chelsea"),
         ([], "either --hq with a folder of photographs or --photo with a name"),
         (
             [*folder, "--photo", "astronaut"],

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from zipir_jax.command_line import cache_compiled_programs, machine, parse, run
 from zipir_jax.config import TASKS, RestorationConfig, check_seed
-from zipir_jax.data.preview import side_by_side
+from zipir_jax.data.preview import centre, side_by_side
 from zipir_jax.files import check_replaceable, check_writable, replacing
 from zipir_jax.imageio import distinct_names
 from zipir_jax.metrics.photographs import CROP_MULTIPLE, degrade, find_photographs, parse_tasks, read_original
@@ -29,6 +29,7 @@ NOTES = (
     "pictures; ratios: of means; s: wall time of a picture whose size has been "
     "seen before, without compiling."
 )
+SHEET_SIDE = 256  # pixels, of the centres on a sheet
 RECONSTRUCTION = "reconstruction"  # in the place of a task
 PAPER_TASKS = "mixture,sr8,sr16"  # paper Table 1
 
@@ -51,13 +52,15 @@ def evaluate(
 
     Args:
         hq: folder of clean photographs; sides are cropped at the centre to multiples of 16 pixels
-        photo: one of scikit-image's photographs instead: astronaut, chelsea, coffee, motorcycle_left, rocket
+        photo: photographs of scikit-image instead, separated by commas: astronaut, chelsea, coffee, motorcycle_left,
+            rocket
         task: degradations, separated by commas: sr8, sr16, mixture, fig4, fig4_x4
         weights: folder of weights
         seed: of the degradations' noise and of the noise that the sampler starts from
         limit: use the first photographs of the folder only, this many
         output: JSON file for the numbers of every picture
-        pictures: folder for the restored pictures, and for comparisons with bicubic and original
+        pictures: folder for the restored pictures, for comparisons of each with bicubic and original, and for a sheet
+            of each photograph: its centre, a row a task, with what was restored
         ablate: score beside the model what it is with fewer steps and with D_f in place of D_f*, for which it needs the
             weights of a run, as the default ones have no D_f
         reconstruct: encode and decode the photographs as they are, by an LP-VAE that still has its D_f (--weights; the
@@ -103,7 +106,7 @@ def evaluate(
     written, warm = [], set()
     with tqdm(total=len(paths) * len(tasks), unit="picture", dynamic_ncols=True) as bar:
         for index, (path, stem) in enumerate(zip(paths, distinct_names(paths), strict=True)):
-            original = read_original(path)
+            original, rows = read_original(path), []
             reference = Reference(original)
             for name in tasks:
                 bar.set_postfix_str(f"{path.name}, {name}")
@@ -114,7 +117,11 @@ def evaluate(
                 if pictures is not None:
                     shown = {method: restored[method] for method in (BASELINE, ours)}
                     written += write_pictures(pictures / f"{stem}_{name}", shown, original, scores)
+                    rows.append(sheet_row(name, lq, shown, original))
                 bar.update()
+            if rows:
+                written.append(pictures / f"{stem}_sheet.png")
+                write_image(written[-1], np.concatenate(rows))
 
     rows = {name: summarise([result["scores"] for result in results[name]]) for name in tasks}
     for name in tasks:
@@ -186,6 +193,18 @@ def write_pictures(start: Path, shown: dict, original: np.ndarray, scores: dict)
     for kind, path in paths.items():
         write_image(path, files[kind])
     return list(paths.values())
+
+
+def sheet_row(task: str, lq: np.ndarray, shown: dict, original: np.ndarray) -> np.ndarray:
+    """The centres of the degraded picture, with its pixels as squares, of those `shown` by method and of the original.
+
+    All uint8 [h, w, 3].
+    """
+    height, width = original.shape[:2]
+    # The pixel that lies over each of the original's; sides need not divide.
+    rows, columns = np.arange(height) * len(lq) // height, np.arange(width) * lq.shape[1] // width
+    pictures = {f"{task}, {lq.shape[1]} x {len(lq)}": lq[rows][:, columns]} | shown | {"original": original}
+    return side_by_side({label: centre(picture, SHEET_SIDE) for label, picture in pictures.items()})
 
 
 def main(arguments: list[str]) -> None:

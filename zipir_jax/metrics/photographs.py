@@ -31,15 +31,20 @@ def parse_tasks(text: str) -> list[str]:
 
 
 def find_photographs(hq: Path | None, photo: str | None, limit: int | None) -> list[Path]:
-    """The image files to score. Raises ValueError for none, for both of `hq` and `photo`, or for neither."""
+    """The image files to score: of a folder, or of scikit-image by their names, separated by commas.
+
+    Raises ValueError for none, for both of `hq` and `photo`, or for neither.
+    """
     if (hq is None) == (photo is None):
         raise ValueError("give either --hq with a folder of photographs or --photo with a name")
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit} is below 1")
     if photo is not None:
-        if photo not in PHOTOS:
-            raise ValueError(f"photo {photo!r} is not one of {', '.join(PHOTOS)}")
-        return [Path(str(files("skimage") / "data" / PHOTOS[photo]))]
+        names = [name.strip() for name in photo.split(",")]
+        for name in names:
+            if name not in PHOTOS:
+                raise ValueError(f"photo {name!r} is not one of {', '.join(PHOTOS)}")
+        return [Path(str(files("skimage") / "data" / PHOTOS[name])) for name in names][:limit]
     paths = list_images(hq)[:limit]
     if not paths:
         raise ValueError(f"{hq} holds no images")
