@@ -28,7 +28,7 @@ def config() -> TrainConfig:
         ),
         optimizer=OptimizerConfig(
             algorithm="muon",
-            learning_rate=5e-3,
+            learning_rate=3e-3,
             final_learning_rate=2e-4,
             warmup_steps=30,
             weight_decay=0.01,

@@ -732,7 +732,7 @@ class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay (paper supplement A), or Muon with the same schedule."""
 
     # adamw, as the paper, or muon (Jordan et al. 2024): kernels move by orthogonalised momentum, scaled as large as
-    # AdamW's updates are (Liu et al. 2025), all else as with AdamW. Learns several times as much from few images, see
+    # AdamW's updates are (Liu et al. 2025), all else by NAdam. Learns several times as much from few images, see
     # docs/decisions.md.
     algorithm: str = "adamw"
     learning_rate: float = 5e-5
