@@ -299,17 +299,11 @@ def sampling(
 
     tasks, paths = parse_tasks(task), find_photographs(hq, None, limit)
     check_seed(seed)
-    for file in (output, plot):
-        if file is not None:
-            check_replaceable(file)
-            check_writable(file.parent)
+    if output is not None:
+        check_replaceable(output)
+        check_writable(output.parent)
     if plot is not None:
-        if plot.suffix.lower() != ".png":
-            raise ValueError(f"plot {plot}: the name of a PNG file ends in .png")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError(
-                'a plot needs matplotlib, which this Python lacks; pip install -e ".[plots]" installs it'
-            )
+        check_plot(plot)
     for path in paths:  # a damaged or too small picture ends it now, not after an hour's work
         read_original(path)
     from zipir_jax.measure import sampling as measure
@@ -334,6 +328,44 @@ def sampling(
         from zipir_jax.measure.plot import plot_samplings
 
         plot_samplings(plot, report["rows"])
+
+
+def curves(runs: tuple[Path, ...], output: Path | None = None, plot: Path | None = None) -> None:
+    """Losses of trainings that were run, over the minutes that they took.
+
+    Args:
+        runs: their folders
+        output: JSON file to write
+        plot: PNG file for a plot; needs matplotlib
+    """
+    if output is not None:
+        check_replaceable(output)
+        check_writable(output.parent)
+    if plot is not None:
+        check_plot(plot)
+    from zipir_jax.measure.curves import cells, read_run
+    from zipir_jax.measure.report import finish, table
+
+    found = [read_run(run) for run in runs]
+    columns = {"run": "{run}", "steps": "{steps}", "images": "{images}", "minutes": "{minutes:.0f}"}
+    print(table([cells(run) for run in found], columns | {"means of the last steps": "{last}"}))
+    finish(output, {"runs": found})
+    if plot is not None:
+        from zipir_jax.measure.plot import plot_curves
+
+        plot_curves(plot, found)
+
+
+def check_plot(path: Path) -> None:
+    """Raises ValueError where no plot could be written."""
+    check_replaceable(path)
+    check_writable(path.parent)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"plot {path}: the name of a PNG file ends in .png")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            'a plot needs matplotlib, which this Python lacks; pip install -e ".[plots]" installs it'
+        )
 
 
 def compile_programs(
@@ -389,6 +421,7 @@ COMMANDS = {
     "compile": compile_programs,
     "stem": stem,
     "sampling": sampling,
+    "curves": curves,
 }
 
 

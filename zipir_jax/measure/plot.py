@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from zipir_jax.config import TASKS
 from zipir_jax.files import replacing
+from zipir_jax.measure.curves import LOSSES
 from zipir_jax.metrics.scoring import BASELINE, UNDIFFUSED, describe
 
 # What each panel shows: its label, and the least that it spans, so that differences nobody could see look small.
@@ -32,6 +33,29 @@ def plot_samplings(path: Path, rows: list[dict]) -> None:
     """Write `samplings_figure` to a PNG file, 720 pixels wide a task and 1440 high."""
     with replacing(path) as file:
         samplings_figure(rows).savefig(file, format="png")
+
+
+def plot_curves(path: Path, runs: list[dict]) -> None:
+    """Write `curves_figure` to a PNG file, 720 pixels wide a run and 720 high."""
+    with replacing(path) as file:
+        curves_figure(runs).savefig(file, format="png")
+
+
+def curves_figure(runs: list[dict]) -> Figure:
+    """Runs of `measure.curves.read_run` as a figure: a panel a run, its losses over minutes of training."""
+    side = TASK_WIDTH / DPI
+    figure = Figure((len(runs) * side, side), dpi=DPI, layout="constrained")
+    for panel, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
+        panel.set_title(f"{run['run']}: {run['steps']} steps, {run['images']} crops", fontsize=9)
+        panel.set_xlabel("minutes")
+        panel.set_yscale("log")
+        panel.grid(color="0.9", which="both")
+        for name, (colour, _) in zip(LOSSES, STYLES, strict=False):
+            points = [(point["minutes"], point[name]) for point in run["points"] if point.get(name, 0) > 0]
+            if points:
+                panel.plot(*zip(*points, strict=True), label=name, color=colour)
+        panel.legend(fontsize=8)
+    return figure
 
 
 def samplings_figure(rows: list[dict]) -> Figure:
