@@ -31,8 +31,8 @@ def config() -> TrainConfig:
         ),
         loss=LossConfig(lpips=0.0, adversarial=0.0),
         decoder_noise=(0.6, 1.0),
-        steps=1650,
+        steps=1400,
         ema_decay=0.99,
         checkpoint_minutes=3.0,
-        sample_every=550,
+        sample_every=350,
     )

@@ -31,7 +31,7 @@ def config() -> TrainConfig:
         ),
         loss=LossConfig(lpips=0.5, lpips_net="vgg16", lpips_crop=64, adversarial=0.0),
         decoder_noise=(0.6, 1.0),
-        steps=750,
+        steps=550,
         ema_decay=0.99,
         checkpoint_minutes=3.0,
         sample_every=250,

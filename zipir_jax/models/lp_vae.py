@@ -153,7 +153,7 @@ class Decoder(nnx.Module):
                 h = self.blocks[scale * self.blocks_per_scale + i](h)
         return h
 
-    def head(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
+    def head(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
         """The last convolution; float32."""
         if not self.enlarge:
             return self.head_conv(features).astype(jnp.float32)

@@ -51,7 +51,7 @@ class PixelDecoder(nnx.Module):
 
     def features(
         self, latent: Float[Array, "b h w c"], lq: Float[Array, "b h2 w2 3"]
-    ) -> Float[Array, "b h2 w2 c2"]:
+    ) -> Float[Array, "b h3 w3 c2"]:
         """Everything before the last convolution, as of `Decoder.features`."""
         return self.decoder.features(latent, self.fuse(lq, self.extractor.features(lq), 0))
 
@@ -67,7 +67,7 @@ class PixelDecoder(nnx.Module):
 
         return fuse
 
-    def head(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
+    def head(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
         """The last convolution; float32."""
         return self.decoder.head(features)
 
