@@ -1,6 +1,7 @@
 """The restorer's sampling, against a sampler that computes everything anew at every step; progress, colours."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from zipir_jax.diffusion.schedule import linear_schedule, sampling_timesteps, sp
 from zipir_jax.imageio import resize, to_float, to_uint8
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind
+from zipir_jax.models.lp_vae import whiten
 from zipir_jax.restorer import PHASES, Restorer, branches_of, check_sampling, denoise_latent
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -143,6 +145,37 @@ def test_every_setting_reaches_the_sampler(prediction, options):
     np.testing.assert_allclose(found(sampling), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     plain = found(SamplingConfig(steps=5))
     assert np.abs(plain - expected).max() > 1e-3 * np.abs(expected).max()
+
+
+def test_a_residual_is_sampled_and_added_to_the_lq_latent():
+    diffusion = dataclasses.replace(TINY.diffusion, residual=True)
+    config, params = dataclasses.replace(TINY, diffusion=diffusion), random_params(DiT, TINY.dit)
+    rng = np.random.default_rng(0)
+    statistics = {name: rng.uniform(0.5, 2, 64).astype(np.float32) for name in ("latent_mean", "latent_std")}
+    plain = {"statistics": statistics, "dit": params}
+    residual = plain | {
+        "statistics": statistics | {"residual_std": np.linspace(0.1, 2, 64, dtype=np.float32)}
+    }
+    latent, keys = rng.standard_normal((1, 3, 4, 64), np.float32), jax.random.split(jax.random.key(0), 1)
+    white = functools.partial(whiten, statistics=statistics)
+    latent = jnp.asarray(latent)
+
+    def sampled(weights, **options):
+        sampling = SamplingConfig(steps=3, **options)
+        found = denoise_latent(weights, config, sampling, latent, keys)
+        stepwise = restorer_module._denoise(config, sampling, weights, latent, keys, None, None, ignore)
+        np.testing.assert_allclose(stepwise, found, rtol=1e-4, atol=1e-4)
+        return white(found)
+
+    # The DiT sees the same noise and the same LQ latent: what it makes of them is another thing.
+    expected = white(latent) + residual["statistics"]["residual_std"] * sampled(plain)
+    np.testing.assert_allclose(sampled(residual), expected, rtol=1e-4, atol=1e-4)
+    held = sampled(residual, fidelity=1.0)
+    np.testing.assert_allclose(held[..., :12], white(latent)[..., :12], atol=1e-4)
+    assert jnp.abs(held - white(latent))[..., 12:].min(-1).max() > 1e-3
+    # From a low level of noise the sampler cannot go far from the LQ latent.
+    near, far = (jnp.abs(sampled(residual, start=start) - white(latent)).mean() for start in (0.02, 1.0))
+    assert near < 0.3 * far
 
 
 @pytest.mark.parametrize(

@@ -356,6 +356,9 @@ class DiffusionConfig:
     uniform_share: float = 0.0  # of the timesteps drawn for training, drawn uniformly instead
     # The signal is scaled to end at zero, see diffusion/schedule.py; with v and a uniform_share alone.
     zero_terminal_snr: bool = False
+    # What is diffused is the clean latent's difference from the LQ latent, in units of what that is on average (Yue et
+    # al. 2023, "ResShift", shift the one into the other), and not the clean latent; see `models.lp_vae.to_diffused`.
+    residual: bool = False
     # Probability, in training, that the whitened LQ latent is made weak: multiplied by a number drawn uniformly from
     # the range weak_lq. Weights trained so can be guided away from what a weak LQ latent gives, in the place of no LQ
     # latent at all (VOSR, Wu et al. 2026, whose published configs have 0.1 and this range); 0 = off.

@@ -40,7 +40,7 @@ from zipir_jax.imageio import LARGEST_SIDE, resize, to_float, to_uint8
 from zipir_jax.models.attention import check_implementation
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind
-from zipir_jax.models.lp_vae import FACTOR, decode, encode, unwhiten, whiten
+from zipir_jax.models.lp_vae import FACTOR, decode, encode, from_diffused, to_diffused, unwhiten, whiten
 from zipir_jax.models.pixel_decoder import pixel_decode
 from zipir_jax.photograph import Photograph
 from zipir_jax.planner import MARGIN, TEXT_BLOCK, Plan, available_memory, make_plan, padded_size, refusing
@@ -67,8 +67,14 @@ def denoise_latent(
     """
     steps, numbers = sampling_numbers(config, sampling, lq_latent.shape)
     read, start = read_conditions(weights, config, numbers, lq_latent, keys, text, negative_text)
-    latent = sample(denoiser(weights, config, numbers, read), keys, start, steps)
-    return unwhiten(latent, weights["statistics"])
+    diffused = sample(denoiser(weights, config, numbers, read), keys, start, steps)
+    return _latent(weights, diffused, read)
+
+
+def _latent(weights, diffused, read):
+    """The latent that a sampler's result stands for."""
+    statistics = weights["statistics"]
+    return unwhiten(from_diffused(diffused, read["lq"], statistics), statistics)
 
 
 def sampling_numbers(
@@ -127,14 +133,20 @@ def read_conditions(
     found = {"lq": lq, "shared": shared, "conditions": {name: read(given[name]) for name in given}}
     start = initial_noise(keys, lq.shape[1:])
     if numbers["start"] is not None:
-        start = add_noise(lq, start, jnp.full(len(lq), numbers["start"]), linear_schedule(config.diffusion))
+        least = to_diffused(lq, lq, weights["statistics"])
+        start = add_noise(
+            least, start, jnp.full(len(lq), numbers["start"]), linear_schedule(config.diffusion)
+        )
     return found, start
 
 
 def denoiser(
     weights: dict, config: ModelConfig, numbers: dict, read: dict
 ) -> Callable[[Array, Array], Array]:
-    """`denoise(noisy, timesteps) -> z_0`, whitened, guided as the numbers say; read: the first of `read_conditions`."""
+    """`denoise(noisy, timesteps) -> z_0`, what is diffused without noise, guided as the numbers say.
+
+    read: the first of `read_conditions`.
+    """
     dit = bind(DiT, config.dit, weights["dit"])
     predicts = {
         name: functools.partial(dit.denoise, condition=read["shared"] | condition)
@@ -147,7 +159,8 @@ def denoiser(
     if numbers["fidelity"] is None:
         return denoise
     channels = config.lp_vae.coarse.decoder_channels
-    return restoration_guidance(denoise, numbers["fidelity"], read["lq"], channels)
+    faithful = to_diffused(read["lq"], read["lq"], weights["statistics"])
+    return restoration_guidance(denoise, numbers["fidelity"], faithful, channels)
 
 
 def branches_of(sampling: SamplingConfig, has_negative_text: bool) -> int:
@@ -409,7 +422,7 @@ def _read(config, weights, numbers, lq_latent, keys, text, negative_text):
 def _take_step(config, weights, numbers, read, keys, carry, step):
     """The carry after a step, and the latent that it ends with, which is there when the next step has the carry."""
     carry = take_step(denoiser(weights, config, numbers, read), keys, carry, step)
-    return carry, unwhiten(carry[0], weights["statistics"])
+    return carry, _latent(weights, carry[0], read)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="lq")  # the result takes its place

@@ -15,8 +15,10 @@ from zipir_jax.models.lp_vae import (
     Encoder,
     decode,
     encode,
+    from_diffused,
     macro_band,
     sample_posterior,
+    to_diffused,
     unwhiten,
     whiten,
 )
@@ -380,6 +382,16 @@ def test_whitening_gives_unit_latents_and_can_be_undone():
     white = whiten(latent, STATISTICS)
     np.testing.assert_allclose(white, noise, atol=1e-5)
     np.testing.assert_allclose(unwhiten(white, STATISTICS), latent, atol=1e-5)
+
+
+def test_what_is_diffused_is_the_latent_or_its_difference_from_the_lq_latent():
+    latent, lq = jax.random.normal(jax.random.key(0), (2, 1, 4, 4, 64))
+    np.testing.assert_array_equal(to_diffused(latent, lq, STATISTICS), latent)
+    np.testing.assert_array_equal(from_diffused(latent, lq, STATISTICS), latent)
+    statistics = STATISTICS | {"residual_std": jnp.linspace(0.1, 2, 64)}
+    diffused = to_diffused(latent, lq, statistics)
+    np.testing.assert_allclose(diffused[..., 0], (latent - lq)[..., 0] / 0.1, rtol=1e-5)
+    np.testing.assert_allclose(from_diffused(diffused, lq, statistics), latent, atol=1e-5)
 
 
 def test_draws_of_the_posterior_have_its_mean_and_variance():

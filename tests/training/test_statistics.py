@@ -1,8 +1,15 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from zipir_jax.models.lp_vae import unwhiten, whiten
-from zipir_jax.training.statistics import channel_statistics
+from zipir_jax.config import MODELS, DegradationConfig
+from zipir_jax.data.degrade import degrade_item
+from zipir_jax.models.layers import init_params
+from zipir_jax.models.lp_vae import Encoder, encode, unwhiten, whiten
+from zipir_jax.training.statistics import channel_statistics, latent_statistics
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_statistics_are_those_of_all_pixels_of_all_batches():
@@ -25,3 +32,29 @@ def test_a_channel_that_never_changes_stays_quiet():
     np.testing.assert_allclose(white.std((0, 1, 2))[0], 1, rtol=1e-4)
     assert jnp.abs(white[..., 1:]).max() < 0.01
     np.testing.assert_allclose(unwhiten(white, statistics), latent, atol=1e-5)
+
+
+def test_the_statistics_of_latents_and_of_what_degradations_change():
+    vae, keys = MODELS["tiny"].lp_vae, jax.random.split(jax.random.key(0))
+    weights = {
+        "statistics": {"macro_mean": np.zeros(3, np.float32), "macro_std": np.full(3, 2, np.float32)},
+        "coarse_encoder": init_params(Encoder, vae.coarse, keys[0]),
+        "fine_encoder": init_params(Encoder, vae.fine, keys[1]),
+    }
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 3, 64, 96, 3)).astype(np.float32)
+    degradation = DegradationConfig(task_probability=1.0, tasks=("sr8", "mixture"))
+    found = latent_statistics(vae, weights, iter(images), degradation)
+    assert found.keys() == {"latent_mean", "latent_std", "residual_std"}
+    lq = [
+        [degrade_item(image, degradation, (i, j)) for j, image in enumerate(batch)]
+        for i, batch in enumerate(images)
+    ]
+    clean, lq = (
+        np.stack([encode(weights, vae, jnp.asarray(batch)) for batch in batches])
+        for batches in (images, np.array(lq))
+    )
+    np.testing.assert_allclose(found["latent_mean"], clean.mean((0, 1, 2, 3)), atol=1e-4)
+    np.testing.assert_allclose(found["latent_std"], clean.std((0, 1, 2, 3)), rtol=1e-3)
+    change = (clean - lq) / (found["latent_std"] * found["residual_std"])
+    np.testing.assert_allclose(np.sqrt((change**2).mean((0, 1, 2, 3))), 1, rtol=1e-3)
+    assert latent_statistics(vae, weights, iter(images)).keys() == {"latent_mean", "latent_std"}

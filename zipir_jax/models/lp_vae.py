@@ -248,6 +248,25 @@ def unwhiten(latent: Float[Array, "b h w c"], statistics: dict) -> Float[Array, 
     return latent * statistics["latent_std"] + statistics["latent_mean"]
 
 
+def to_diffused(
+    latent: Float[Array, "b h w c"], lq: Float[Array, "b h w c"], statistics: dict
+) -> Float[Array, "b h w c"]:
+    """What the diffusion makes noise of and the sampler ends with, given the whitened latents, LQ the degraded image's.
+
+    It is the latent itself or, for a model with `DiffusionConfig.residual`, its difference from the LQ latent, of unit
+    mean square in each channel over the training set. Channels that a degradation hardly changes, colours above all,
+    then end close to the LQ latent, however little the DiT has learned.
+    """
+    return (latent - lq) / statistics["residual_std"] if "residual_std" in statistics else latent
+
+
+def from_diffused(
+    diffused: Float[Array, "b h w c"], lq: Float[Array, "b h w c"], statistics: dict
+) -> Float[Array, "b h w c"]:
+    """The inverse of `to_diffused`: the whitened latent."""
+    return lq + statistics["residual_std"] * diffused if "residual_std" in statistics else diffused
+
+
 def sample_posterior(key, mean: Float[Array, "b h w c"], log_variance: Float[Array, "b h w c"]):
     """mean + std * noise, the reparameterised draw."""
     return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)

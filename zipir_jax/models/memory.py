@@ -25,10 +25,11 @@ from zipir_jax.models.tiling import (
 )
 
 # Arrays that live at once, in units of the widest one of a layer: input, normalised input and result of a residual
-# block; what goes into Upsample's or Decoder.enlarge's sums. "fusion" is what D_f* holds beside.
-LIVE = {"block": 3, "upsample": 3.5, "unfold": 4.5, "enlarge": 1.5, "fusion": 1}
+# block; what goes into Upsample's sums; of Decoder.enlarge, an enlargement, which is never made itself. "fusion" is what
+# D_f* holds beside.
+LIVE = {"block": 3, "upsample": 3.5, "unfold": 4.5, "enlarge": 0.75, "fusion": 1}
 # On CPUs, bfloat16 is convolved in float32: copies twice as large join the arrays.
-LIVE_BFLOAT16_ON_CPU = {"block": 7.5, "upsample": 6.5, "unfold": 9, "enlarge": 3, "fusion": 1}
+LIVE_BFLOAT16_ON_CPU = {"block": 7.5, "upsample": 6.5, "unfold": 9, "enlarge": 1.5, "fusion": 1}
 # What a platform takes / what is counted here. On CPUs XLA's report leaves out what YNNPACK, its library for them,
 # allocates by itself: processes grew by 1.3 to 2.4 times the report of the same program compiled without it. For TPUs
 # XLA cuts an image into strips, a batch of padded ones, before it convolves them: reports for a v6e were 3.3 times as
@@ -89,7 +90,7 @@ def pixel_decode_cost(
     fine, live, pixels = config.fine, _live(config.fine, platform), height * width
     # Skip connections of other scales are small beside the arrays of the highest one.
     live = {name: number + live["fusion"] for name, number in live.items()} | {
-        "enlarge": live["enlarge"] + live["fusion"] / 2
+        "enlarge": live["enlarge"] + 0.75 * live["fusion"]
     }
     scales = 0 if tiling is None else tiled_scales(fine, tiling.cell)
     flops = decoder_flops(fine, height, width) + fusions_flops(fine, height, width)

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from zipir_jax.config import LPVAEConfig
+from zipir_jax.config import DegradationConfig, LPVAEConfig
+from zipir_jax.data.degrade import degrade_item
 from zipir_jax.models.layers import area_downsample
 from zipir_jax.models.lp_vae import FACTOR, encode
 
@@ -33,10 +34,31 @@ def macro_statistics(images: Iterable[Float[np.ndarray, "b h w 3"]]) -> dict:
 
 
 def latent_statistics(
-    config: LPVAEConfig, weights: dict, images: Iterable[Float[np.ndarray, "b h w 3"]]
+    config: LPVAEConfig,
+    weights: dict,
+    images: Iterable[Float[np.ndarray, "b h w 3"]],
+    degradation: DegradationConfig | None = None,
 ) -> dict:
-    """{"latent_mean", "latent_std"} of the images' whole latents."""
+    """{"latent_mean", "latent_std"} of the images' whole latents.
+
+    With a degradation also "residual_std": the root mean square, in units of latent_std, of what it changes.
+    """
     encoder = jax.jit(lambda weights, image: encode(weights, config, image))
     names = ("statistics", "coarse_encoder", "fine_encoder")
     weights = jax.device_put({name: weights[name] for name in names})
-    return channel_statistics("latent", (encoder(weights, batch) for batch in images))
+    changes = []
+
+    def latents():
+        for number, batch in enumerate(images):
+            latent = encoder(weights, batch)
+            if degradation is not None:
+                lq = [degrade_item(image, degradation, (number, i)) for i, image in enumerate(batch)]
+                change = np.asarray(latent - encoder(weights, np.stack(lq)), np.float64)
+                changes.append(np.square(change).mean((0, 1, 2)))
+            yield latent
+
+    statistics = channel_statistics("latent", latents())
+    if changes:
+        change = np.sqrt(np.mean(changes, 0)) / statistics["latent_std"]
+        statistics["residual_std"] = np.maximum(change, SMALLEST_STD).astype(np.float32)
+    return statistics

@@ -38,6 +38,8 @@ def abstract_weights(config: ModelConfig) -> dict:
     """Nested dict of `jax.ShapeDtypeStruct`: every group that a model of this config can have."""
     latent, macro = config.dit.latent_channels, MACRO_CHANNELS
     shapes = {"macro_mean": macro, "macro_std": macro, "latent_mean": latent, "latent_std": latent}
+    if config.diffusion.residual:
+        shapes["residual_std"] = latent
     vae = config.lp_vae
     return {
         "statistics": {k: jax.ShapeDtypeStruct((n,), jnp.float32) for k, n in shapes.items()},

@@ -12,7 +12,7 @@ from zipir_jax.diffusion.objective import diffusion_loss
 from zipir_jax.diffusion.schedule import linear_schedule, training_timesteps
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind, init_params
-from zipir_jax.models.lp_vae import FACTOR, MACRO_CHANNELS, decode, encode, whiten
+from zipir_jax.models.lp_vae import FACTOR, MACRO_CHANNELS, decode, encode, to_diffused, whiten
 from zipir_jax.models.memory import choose_tiling, encode_cost, resident_bytes
 from zipir_jax.models.tiling import Tiling
 from zipir_jax.parallel import constrain, mesh_parts, platform
@@ -96,10 +96,11 @@ def gradients(
         return constrain(x, "batch", *[None] * (x.ndim - 1))
 
     clean, lq = (condition(whiten(latent, frozen["statistics"])) for latent in latents(config, frozen, batch))
-    lq = weaken(lq, weak_key, config.model.diffusion)
+    diffused = to_diffused(clean, lq, frozen["statistics"])
     text = jax.tree.map(condition, text_of(batch))
     timesteps = training_timesteps(timestep_key, (clean.shape[0],), config.model.diffusion)
     schedule = linear_schedule(config.model.diffusion)
+    lq = weaken(lq, weak_key, config.model.diffusion)
 
     def loss(generator):
         dit = bind(DiT, config.model.dit, generator["dit"])
@@ -107,7 +108,7 @@ def gradients(
             lambda noisy, t: dit(noisy, t, lq, **text),
             config.model.diffusion.prediction,
             noise_key,
-            clean,
+            diffused,
             timesteps,
             schedule,
             config.objective,

@@ -70,5 +70,6 @@ def preview(config: TrainConfig, generator: dict, frozen: dict, batch: dict, key
 
 
 def statistics(config: TrainConfig, weights: dict, images: Iterable) -> dict:
-    """Those of the whole latent too, which the DiT's is whitened by."""
-    return weights["statistics"] | latent_statistics(config.model.lp_vae, weights, images)
+    """Those of the whole latent too, which the DiT's is whitened by, and of what degradations change in it."""
+    degradation = config.degradation if config.model.diffusion.residual else None
+    return weights["statistics"] | latent_statistics(config.model.lp_vae, weights, images, degradation)

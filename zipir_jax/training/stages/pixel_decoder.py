@@ -18,7 +18,7 @@ from zipir_jax.diffusion.objective import add_noise, predict_clean
 from zipir_jax.diffusion.schedule import linear_schedule
 from zipir_jax.models.dit import DiT
 from zipir_jax.models.layers import bind, init_params
-from zipir_jax.models.lp_vae import encode, unwhiten, whiten
+from zipir_jax.models.lp_vae import encode, from_diffused, to_diffused, unwhiten, whiten
 from zipir_jax.models.pixel_decoder import PixelDecoder, from_lp_vae
 from zipir_jax.training.losses import image_gradients
 from zipir_jax.training.stages.dit import text_of
@@ -42,20 +42,20 @@ def _decoder(config, generator):
 
 def _latent(config, frozen, batch, key):
     """The clean image's latent, or the DiT's prediction of it at a random noise level."""
-    clean = encode(frozen, config.model.lp_vae, batch["image"])
+    latent = encode(frozen, config.model.lp_vae, batch["image"])
     if not config.decoder_noise[1]:
-        return clean
+        return latent
     schedule, statistics = linear_schedule(config.model.diffusion), frozen["statistics"]
     lq = whiten(encode(frozen, config.model.lp_vae, batch["lq"]), statistics)
     timestep_key, noise_key = jax.random.split(key)
     low, high = (math.ceil(level * config.model.diffusion.train_timesteps) for level in config.decoder_noise)
-    timesteps = jax.random.randint(timestep_key, (len(clean),), min(low, high - 1), high)
-    eps = jax.random.normal(noise_key, clean.shape)
-    noisy = add_noise(whiten(clean, statistics), eps, timesteps, schedule)
+    timesteps = jax.random.randint(timestep_key, (len(latent),), min(low, high - 1), high)
+    clean = to_diffused(whiten(latent, statistics), lq, statistics)
+    noisy = add_noise(clean, jax.random.normal(noise_key, clean.shape), timesteps, schedule)
     dit = bind(DiT, config.model.dit, frozen["dit"])
     predict = functools.partial(dit, lq=lq, **text_of(batch))
     denoise = predict_clean(predict, config.model.diffusion.prediction, schedule)
-    return unwhiten(denoise(noisy, timesteps), statistics)
+    return unwhiten(from_diffused(denoise(noisy, timesteps), lq, statistics), statistics)
 
 
 def gradients(
