@@ -25,8 +25,8 @@ from zipir_jax.models.tiling import (
 )
 
 # Arrays that live at once, in units of the widest one of a layer: input, normalised input and result of a residual
-# block; what goes into Upsample's sums; of Decoder.enlarge, an enlargement, which is never made itself. "fusion" is what
-# D_f* holds beside.
+# block; what goes into Upsample's sums; of Decoder.enlarge, an enlargement, which is never made itself. "fusion" is
+# what D_f* holds beside.
 LIVE = {"block": 3, "upsample": 3.5, "unfold": 4.5, "enlarge": 0.75, "fusion": 1}
 # On CPUs, bfloat16 is convolved in float32: copies twice as large join the arrays.
 LIVE_BFLOAT16_ON_CPU = {"block": 7.5, "upsample": 6.5, "unfold": 9, "enlarge": 1.5, "fusion": 1}
