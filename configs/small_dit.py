@@ -15,28 +15,15 @@ def config() -> TrainConfig:
         output="runs/small/dit",
         init_from="runs/small/fine/weights",
         data=DataConfig(
-            resolutions=(512, 896),
-            resolution_weights=(0.7, 0.3),
-            batch_tokens=2048,
-            zoom=(0.4, 1.0),
-            rotate=True,
-            threads=2,
-            cache_gib=2.0,
+            resolutions=(512,), batch_size=4, zoom=(0.4, 1.0), rotate=True, threads=2, cache_gib=2.0
         ),
-        degradation=DegradationConfig(
-            task_probability=0.75, tasks=("sr8", "sr16", "mixture", "mixture", "fig4", "fig4_x4")
-        ),
+        degradation=DegradationConfig(task_probability=0.7, tasks=("sr8", "sr16", "mixture", "mixture")),
         optimizer=OptimizerConfig(
-            algorithm="muon",
-            learning_rate=3e-3,
-            final_learning_rate=2e-4,
-            warmup_steps=30,
-            weight_decay=0.01,
-            beta2=0.99,
+            learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=100, weight_decay=0.01, beta2=0.99
         ),
-        noise_draws=4,
-        steps=300,
-        ema_decay=0.99,
+        noise_draws=2,
+        steps=900,
+        ema_decay=0.998,
         checkpoint_minutes=3.0,
-        sample_every=100,
+        sample_every=300,
     )

@@ -15,19 +15,14 @@ def config() -> TrainConfig:
         output="runs/small/fine",
         init_from="runs/small/coarse/weights",
         data=DataConfig(
-            resolutions=(128,), batch_size=32, zoom=(0.4, 1.0), rotate=True, threads=2, cache_gib=2.0
+            resolutions=(128,), batch_size=16, zoom=(0.4, 1.0), rotate=True, threads=2, cache_gib=2.0
         ),
         optimizer=OptimizerConfig(
-            algorithm="muon",
-            learning_rate=5e-3,
-            final_learning_rate=2e-4,
-            warmup_steps=50,
-            weight_decay=0.01,
-            beta2=0.99,
+            learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=100, weight_decay=0.01, beta2=0.99
         ),
-        loss=LossConfig(lpips=0.0, adversarial=0.0),
-        steps=1100,
-        ema_decay=0.99,
+        loss=LossConfig(lpips=0.3, lpips_net="vgg16", lpips_crop=48, adversarial=0.0),
+        steps=1500,
+        ema_decay=0.998,
         checkpoint_minutes=3.0,
-        sample_every=400,
+        sample_every=500,
     )

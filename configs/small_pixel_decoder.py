@@ -15,24 +15,17 @@ def config() -> TrainConfig:
         output="runs/small/pixel_decoder",
         init_from="runs/small/dit/weights",
         data=DataConfig(
-            resolutions=(256,), batch_size=8, zoom=(0.5, 1.0), rotate=True, threads=2, cache_gib=2.0
+            resolutions=(256,), batch_size=4, zoom=(0.5, 1.0), rotate=True, threads=2, cache_gib=2.0
         ),
         # The mixture is the hardest to learn: noise of sigma 40, and each of its pixels becomes 8 x 8.
-        degradation=DegradationConfig(
-            task_probability=0.75, tasks=("sr8", "sr16", "mixture", "mixture", "fig4", "fig4_x4")
-        ),
+        degradation=DegradationConfig(task_probability=0.7, tasks=("sr8", "sr16", "mixture", "mixture")),
         optimizer=OptimizerConfig(
-            algorithm="muon",
-            learning_rate=5e-3,
-            final_learning_rate=2e-4,
-            warmup_steps=50,
-            weight_decay=0.01,
-            beta2=0.99,
+            learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=100, weight_decay=0.01, beta2=0.99
         ),
-        loss=LossConfig(lpips=0.0, adversarial=0.0),
+        loss=LossConfig(lpips=0.5, lpips_net="vgg16", lpips_crop=96, adversarial=0.0),
         decoder_noise=(0.6, 1.0),
-        steps=1400,
-        ema_decay=0.99,
+        steps=4200,
+        ema_decay=0.998,
         checkpoint_minutes=3.0,
-        sample_every=350,
+        sample_every=500,
     )

@@ -148,7 +148,7 @@ def test_the_plain_restorer_decodes_by_d_f(tiny_weights):
     photograph = to_float(skimage.data.astronaut()[100:164, 200:264])
     restored = load_plain(tiny_weights).restore(photograph, scale=1, denoise=False)
     config, groups = load_weights(tiny_weights, ("statistics", "fine_decoder"))
-    latent = encode(groups, config.lp_vae, pad_by_reflection(photograph[None], 128, 128))
+    latent = encode(groups, config.lp_vae, jnp.asarray(pad_by_reflection(photograph[None], 128, 128)))
     decoded = np.asarray(decode(groups, config.lp_vae, latent))[0, 32:-32, 32:-32]
     np.testing.assert_allclose(restored, np.clip(decoded, -1, 1), atol=1e-4)
 

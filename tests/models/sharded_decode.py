@@ -53,7 +53,7 @@ def main():
             print(float(np.abs(np.asarray(one) - np.asarray(many)).max()))
 
     # share: of the bytes on one device, what each of the four holds at most.
-    run(lp_vae(3, 5, 1, False), 4, 1, None, 0.4)  # one latent row a device
+    run(lp_vae(3, 5, 1, False), 4, 1, None, 0.5)  # one latent row a device
     # The last device has less; the image, whose rows four do not divide, is whole on each in the end.
     run(lp_vae(3, 4, 1, True), 7, 1, None, 0.9)
     # Tiles beside one another, each divided by height.

@@ -32,7 +32,7 @@ def samplings(
             raise ValueError(f"{name} is empty: give one or more")
     named = {}
     for sampler, count, fidelity in itertools.product(samplers, steps, fidelities):
-        name = f"{sampler}, {count} steps" + (f", fidelity {fidelity}" if fidelity else "")
+        name = f"{sampler}, {count} step{'s' * (count != 1)}" + (f", fidelity {fidelity}" if fidelity else "")
         named[name] = SamplingConfig(sampler=sampler, steps=count, fidelity=fidelity)
     return named
 

@@ -87,7 +87,9 @@ def spoilt_by_decoder(config: AutoencoderConfig, scales: int, skips: Sequence[in
     # Where pixels enter, no more than one row is spoilt by them.
     for _ in range(config.patch.bit_length() - 1):
         rows = _after_bilinear(rows) + 1
-    return rows + 1
+    return rows + (
+        2 if config.patch > 1 else 1
+    )  # the last convolution; with folded pixels it is one of pairs
 
 
 def encoder_halo(config: AutoencoderConfig, scales: int) -> int:
