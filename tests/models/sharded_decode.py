@@ -57,7 +57,7 @@ def main():
     # The last device has less; the image, whose rows four do not divide, is whole on each in the end.
     run(lp_vae(3, 4, 1, True), 7, 1, None, 0.9)
     # Tiles beside one another, each divided by height.
-    run(lp_vae(3, 4, 1, True), 4, 7, Tiling(8, 128, 32), 0.7)
+    run(lp_vae(3, 4, 1, True), 4, 7, Tiling(8, 128, 32), 0.75)
 
 
 if __name__ == "__main__":
