@@ -299,11 +299,7 @@ def sampling(
 
     tasks, paths = parse_tasks(task), find_photographs(hq, None, limit)
     check_seed(seed)
-    if output is not None:
-        check_replaceable(output)
-        check_writable(output.parent)
-    if plot is not None:
-        check_plot(plot)
+    check_files(output, plot)
     for path in paths:  # a damaged or too small picture ends it now, not after an hour's work
         read_original(path)
     from zipir_jax.measure import sampling as measure
@@ -338,11 +334,7 @@ def curves(runs: tuple[Path, ...], output: Path | None = None, plot: Path | None
         output: JSON file to write
         plot: PNG file for a plot; needs matplotlib
     """
-    if output is not None:
-        check_replaceable(output)
-        check_writable(output.parent)
-    if plot is not None:
-        check_plot(plot)
+    check_files(output, plot)
     from zipir_jax.measure.curves import cells, read_run
     from zipir_jax.measure.report import finish, table
 
@@ -356,12 +348,16 @@ def curves(runs: tuple[Path, ...], output: Path | None = None, plot: Path | None
         plot_curves(plot, found)
 
 
-def check_plot(path: Path) -> None:
-    """Raises ValueError where no plot could be written."""
-    check_replaceable(path)
-    check_writable(path.parent)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"plot {path}: the name of a PNG file ends in .png")
+def check_files(output: Path | None, plot: Path | None) -> None:
+    """Raises ValueError where one of the two that is given could not be written."""
+    for file in (output, plot):
+        if file is not None:
+            check_replaceable(file)
+            check_writable(file.parent)
+    if plot is None:
+        return
+    if plot.suffix.lower() != ".png":
+        raise ValueError(f"plot {plot}: the name of a PNG file ends in .png")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
             'a plot needs matplotlib, which this Python lacks; pip install -e ".[plots]" installs it'

@@ -151,17 +151,14 @@ def evaluate(
 
 def restorations(weights: str, restoration: RestorationConfig, seed: int, ablate: bool) -> dict:
     """Methods that restore an LQ picture, by name; raises ValueError for weights or sampling that do not do."""
-    from zipir_jax.metrics.restoration import ablation_methods, load_plain, restoration_methods
-    from zipir_jax.metrics.scoring import describe_restoration
+    from zipir_jax.metrics.restoration import ablation_methods, load_plain, named, restoration_methods
     from zipir_jax.restorer import Restorer, check_sampling
 
     restorer = Restorer.load(weights)
     check_sampling(restorer.config, restoration.sampling, restorer.negative_text is not None)
     if ablate:
         return ablation_methods(restorer, load_plain(weights), restoration, seed)
-    return restoration_methods(
-        restorer, {f"zipir_jax, {describe_restoration(restoration)}": restoration}, seed
-    )
+    return restoration_methods(restorer, named(restoration), seed)
 
 
 def reconstructions(weights: str, sd_vae: Path | None) -> dict:

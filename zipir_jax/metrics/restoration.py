@@ -22,11 +22,10 @@ def ablation_methods(
 
     def with_steps(count):
         changed = dataclasses.replace(restoration.sampling, steps=count)
-        changed = dataclasses.replace(restoration, sampling=changed)
-        return {f"zipir_jax, {describe_restoration(changed)}": changed}
+        return named(dataclasses.replace(restoration, sampling=changed))
 
-    sampled = with_steps(1) | with_steps(8) | {f"zipir_jax, {describe_restoration(restoration)}": restoration}
-    *_, full = sampled
+    ((full, _),) = named(restoration).items()
+    sampled = with_steps(1) | with_steps(8) | named(restoration)
     methods = restoration_methods(restorer, sampled, seed)
     of_latent = restoration_methods(plain, {full: restoration}, seed)
     decoded = {
@@ -34,6 +33,11 @@ def ablation_methods(
         f"D_f, {describe_restoration(restoration)}": of_latent[full],
     }
     return {BASELINE: methods.pop(BASELINE)} | decoded | methods | {full: methods.pop(full)}
+
+
+def named(restoration: RestorationConfig) -> dict[str, RestorationConfig]:
+    """A restoration by the name that it has in tables."""
+    return {f"zipir_jax, {describe_restoration(restoration)}": restoration}
 
 
 def load_plain(weights: Path | str) -> Restorer:
@@ -47,15 +51,15 @@ def load_plain(weights: Path | str) -> Restorer:
 
 
 def restoration_methods(
-    restorer: Restorer, named: dict[str, RestorationConfig], seed: int
+    restorer: Restorer, restorations: dict[str, RestorationConfig], seed: int
 ) -> dict[str, Method]:
-    """Methods that restore an LQ picture, by name: the baselines, then those `named`, each in its way."""
+    """Methods that restore an LQ picture, by name: the baselines, then the `restorations`."""
     restore = functools.partial(restorer.restore, seed=seed)
     methods: dict[str, Method] = {
         BASELINE: bicubic,
         UNDIFFUSED: lambda lq, size: restore(lq, size=size, denoise=False),
     }
-    for name, restoration in named.items():
+    for name, restoration in restorations.items():
         options = {"sampling": restoration.sampling, "colour_correction": restoration.colour_correction}
         methods[name] = lambda lq, size, options=options: restore(lq, size=size, **options)
     return methods
