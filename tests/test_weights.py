@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import stat
@@ -84,6 +85,17 @@ def test_the_groups_of_one_stage_can_be_saved_alone(tiny_model, tiny_weights, tm
     _, loaded = load_weights(tmp_path, ("dit",))
     assert loaded.keys() == {"statistics", "dit"}
     assert_refused(tmp_path, "no fine_encoder", "dit, statistics", needed=("dit", "fine_encoder"))
+
+
+def test_statistics_of_the_latent_come_together_or_not_at_all(tiny_model, tmp_path):
+    diffusion = dataclasses.replace(tiny_model.diffusion, residual=True)
+    config = dataclasses.replace(tiny_model, diffusion=diffusion)
+    macro = {"macro_mean": np.zeros(3), "macro_std": np.ones(3)}
+    save_weights(tmp_path, config, {"statistics": macro})  # what the coarse stage knows
+    load_weights(tmp_path, ("statistics",))
+    latent = {"latent_mean": np.zeros(64), "latent_std": np.ones(64)}
+    save_weights(tmp_path, config, {"statistics": macro | latent})
+    assert_refused(tmp_path, "statistics lacks the tensor residual_std")
 
 
 @pytest.mark.parametrize("name", MODELS)

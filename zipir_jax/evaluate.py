@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from zipir_jax.command_line import cache_compiled_programs, machine, parse, run
 from zipir_jax.config import TASKS, RestorationConfig, check_seed
-from zipir_jax.data.preview import centre, side_by_side
+from zipir_jax.data.preview import side_by_side
 from zipir_jax.files import check_replaceable, check_writable, replacing
-from zipir_jax.imageio import distinct_names
+from zipir_jax.imageio import crop_centre, distinct_names
 from zipir_jax.metrics.photographs import CROP_MULTIPLE, degrade, find_photographs, parse_tasks, read_original
 from zipir_jax.photograph import write_image
 
@@ -201,7 +201,9 @@ def sheet_row(task: str, lq: np.ndarray, shown: dict, original: np.ndarray) -> n
     # The pixel that lies over each of the original's; sides need not divide.
     rows, columns = np.arange(height) * len(lq) // height, np.arange(width) * lq.shape[1] // width
     pictures = {f"{task}, {lq.shape[1]} x {len(lq)}": lq[rows][:, columns]} | shown | {"original": original}
-    return side_by_side({label: centre(picture, SHEET_SIDE) for label, picture in pictures.items()})
+    return side_by_side(
+        {label: crop_centre(picture, SHEET_SIDE, SHEET_SIDE) for label, picture in pictures.items()}
+    )
 
 
 def main(arguments: list[str]) -> None:

@@ -494,6 +494,14 @@ def _heif_samples(image):
 # --------------------------------------------------------------------------------------------------
 
 
+def crop_centre(
+    image: UInt8[np.ndarray, "h w c"], height: int, width: int
+) -> UInt8[np.ndarray, "height2 width2 c"]:
+    """The middle `height` x `width` pixels, or as many as there are."""
+    top, left = (max(0, (n - side) // 2) for n, side in zip(image.shape, (height, width), strict=False))
+    return image[top : top + height, left : left + width]
+
+
 def to_uint8(image: Float32[np.ndarray, "*b h w c"]) -> UInt8[np.ndarray, "*b h w c"]:
     """[-1, 1] to 0..255, rounded and clipped."""
     values = np.asarray(image) + 1

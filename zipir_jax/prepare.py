@@ -233,7 +233,8 @@ def statistics(
     """Measure the mean and deviation of the macro band or, with weights that have encoders, of the whole latent.
 
     Training does so by itself. The macro band's are those that the coarse stage starts from (--init-from OUTPUT); E_c
-    was trained with those that its weights hold, so these are kept. The latent's are those that the DiT works with.
+    was trained with those that its weights hold, so these are kept. The latent's are those that the DiT works with,
+    and where it diffuses residuals also their deviation, under the default degradations.
 
     Args:
         sources: as data.sources of the training
@@ -262,7 +263,9 @@ def statistics(
         )
     else:
         model_config, groups = load_weights(weights, ("statistics", "coarse_encoder", "fine_encoder"))
-        measured = latent_statistics(model_config.lp_vae, groups, statistics_images(config, source))
+        degradation = config.degradation if model_config.diffusion.residual else None
+        images = statistics_images(config, source)
+        measured = latent_statistics(model_config.lp_vae, groups, images, degradation)
         groups["statistics"] = groups["statistics"] | measured
     save_weights(output, model_config, groups)
     for name, values in groups["statistics"].items():

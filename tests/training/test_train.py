@@ -446,6 +446,18 @@ def test_crops_that_are_too_small_for_the_networks_are_refused(make_config, stag
         check(dataclasses.replace(config, **{part: changed}))
 
 
+def test_a_loss_without_lpips_neither_reads_its_network_nor_needs_its_crops(make_config, monkeypatch):
+    config = make_config("coarse", output="run", init_from="weights")
+    config = replace_data(config, resolutions=(64,))  # 16 pixels to the losses
+    loss = dataclasses.replace(config.loss, lpips=0.0, lpips_crop=40, adversarial=0.0)
+    check(dataclasses.replace(config, loss=loss))
+    assert set(losses.lpips_group(config)) == {"lpips"}
+    monkeypatch.setattr(losses, "load_lpips", None)
+    assert losses.lpips_group(dataclasses.replace(config, loss=loss)) == {}
+    assert losses.lpips_group(make_config("dit")) == {}
+    assert losses.lpips_group(make_config("pixel_decoder", loss=loss)) == {}
+
+
 def test_an_existing_checkpoint_is_neither_overwritten_nor_mixed_with_another_config(trained):
     config, weights = trained("coarse")
     before = (weights / "model.safetensors").read_bytes()
@@ -588,7 +600,7 @@ def test_a_run_is_exported_as_its_weights_are(trained, call, tmp_path):
 
 
 def test_statistics_are_measured_before_and_after_there_are_weights(trained, photos, call, tmp_path):
-    _, weights = trained("fine")
+    config, weights = trained("fine")
     common = "--sources", photos, "--resolution", 64, "--images", 16
     status, out, err = call(
         prepare.main, "statistics", *common, "--output", tmp_path / "macro", "--model", "tiny"
@@ -601,7 +613,7 @@ def test_statistics_are_measured_before_and_after_there_are_weights(trained, pho
 
     arguments = "statistics", *common, "--weights", weights, "--output", tmp_path / "latent"
     status, out, err = call(prepare.main, *arguments)
-    assert status == 0 and out.count("\n") == 4, err
+    assert status == 0 and out.count("\n") == 4 + config.model.diffusion.residual, err
     before, after = load_weights(weights, ())[1], load_weights(tmp_path / "latent", ())[1]
     old, new = before.pop("statistics"), after.pop("statistics")
     for name in old:  # E_c was trained with the macro band's

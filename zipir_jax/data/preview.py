@@ -59,9 +59,3 @@ def side_by_side(pictures: dict[str, np.ndarray]) -> UInt8[np.ndarray, "height w
         draw.text((index * pitch + 4, 2), label, fill=(255, 255, 255), font=font)
         sheet.paste(Image.fromarray(picture), (index * pitch, LABEL_HEIGHT))
     return np.asarray(sheet)
-
-
-def centre(picture: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """The middle `side` x `side` pixels, or as many as there are."""
-    rows, columns = (slice(max(0, (n - side) // 2), (n - side) // 2 + side) for n in picture.shape[:2])
-    return picture[rows, columns]

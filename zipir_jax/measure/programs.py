@@ -11,11 +11,10 @@ from jax.sharding import Mesh
 from zipir_jax import parallel, restorer
 from zipir_jax.config import ModelConfig, SamplingConfig, TrainConfig
 from zipir_jax.data.buckets import Bucket
-from zipir_jax.metrics.fidelity import load_lpips
 from zipir_jax.models.lp_vae import FACTOR
 from zipir_jax.planner import TEXT_BLOCK, Plan
 from zipir_jax.training.loop import abstract_batch, check, compile_step
-from zipir_jax.training.losses import lpips_net
+from zipir_jax.training.losses import lpips_group
 from zipir_jax.training.stages import STAGES
 from zipir_jax.training.state import create_state
 from zipir_jax.weights import abstract_weights
@@ -47,9 +46,7 @@ def training_arguments(config: TrainConfig, mesh: Mesh) -> tuple[dict, dict]:
     groups = abstract_weights(config.model)
     groups = {name: groups[name] for name in ("statistics", *STAGES[config.stage].needs(config))}
     state = jax.eval_shape(functools.partial(create_state, config), jax.random.key(0), groups)
-    if config.stage != "dit":
-        lpips, _ = load_lpips(lpips_net(config.loss.lpips_net))
-        groups["lpips"] = jax.eval_shape(lambda: lpips)
+    groups |= jax.eval_shape(lambda: lpips_group(config))
 
     def divided(tree):
         shardings = parallel.parameter_shardings(mesh, tree)

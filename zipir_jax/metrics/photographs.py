@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 
 from zipir_jax.config import TASKS
 from zipir_jax.data.degrade import MINIMUM_SIDE, apply_task
-from zipir_jax.imageio import list_images, read_image_uint8, to_float, to_uint8
+from zipir_jax.imageio import crop_centre, list_images, read_image_uint8, to_float, to_uint8
 
 # Part of scikit-image's wheel: nothing is downloaded.
 PHOTOS = {
@@ -59,8 +59,7 @@ def read_original(path: Path) -> np.ndarray:
         raise ValueError(
             f"{path}: {image.shape[1]} x {image.shape[0]} pixels; both sides must be at least {MINIMUM_SIDE}"
         )
-    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-    return image[top : top + height, left : left + width]
+    return crop_centre(image, height, width)
 
 
 def degrade(

@@ -25,11 +25,10 @@ from zipir_jax.models.tiling import (
 )
 
 # Arrays that live at once, in units of the widest one of a layer: input, normalised input and result of a residual
-# block; what goes into Upsample's sums; of Decoder.enlarge, an enlargement, which is never made itself. "fusion" is
-# what D_f* holds beside.
-LIVE = {"block": 3, "upsample": 3.5, "unfold": 4.5, "enlarge": 0.75, "fusion": 1}
+# block; what goes into Upsample's sums; of Decoder.enlarge, an enlargement, which is never made itself.
+LIVE = {"block": 3, "upsample": 3.5, "unfold": 4.5, "enlarge": 0.75}
 # On CPUs, bfloat16 is convolved in float32: copies twice as large join the arrays.
-LIVE_BFLOAT16_ON_CPU = {"block": 7.5, "upsample": 6.5, "unfold": 9, "enlarge": 1.5, "fusion": 1}
+LIVE_BFLOAT16_ON_CPU = {"block": 7.5, "upsample": 6.5, "unfold": 9, "enlarge": 1.5}
 # What a platform takes / what is counted here. On CPUs XLA's report leaves out what YNNPACK, its library for them,
 # allocates by itself: processes grew by 1.3 to 2.4 times the report of the same program compiled without it. For TPUs
 # XLA cuts an image into strips, a batch of padded ones, before it convolves them: reports for a v6e were 3.3 times as
@@ -88,22 +87,18 @@ def pixel_decode_cost(
 ) -> Cost:
     """Of `pixel_decoder.pixel_decode`; arguments as of `encode_cost`."""
     fine, live, pixels = config.fine, _live(config.fine, platform), height * width
-    # Skip connections of other scales are small beside the arrays of the highest one.
-    live = {name: number + live["fusion"] for name, number in live.items()} | {
-        "enlarge": live["enlarge"] + 0.75 * live["fusion"]
-    }
     scales = 0 if tiling is None else tiled_scales(fine, tiling.cell)
     flops = decoder_flops(fine, height, width) + fusions_flops(fine, height, width)
     extractor, extractor_flops = _encoder_peak_and_flops(fine, height, width, tiling, 1, platform)
     if not scales:
-        peak = _decoder_peak(fine, live, pixels, 0, len(fine.multipliers))
+        peak = _decoder_peak(fine, live, pixels, 0, len(fine.multipliers), fused=True)
         return _cost(fine, flops + extractor_flops, extractor, peak)
     windows = _windows(height, width, tiling, pixel_decoder_halo(fine, scales))
     low, sides = _low(fine, scales), (height // tiling.cell, width // tiling.cell)
     low_flops = decoder_flops(low, *sides) + fusions_flops(low, *sides)
     again = encoder_features_flops(fine, height, width) - encoder_features_flops(low, *sides)
     repeated = (flops - low_flops + again) * windows[1] // pixels
-    peaks = _tiled_decoder_peaks(fine, live, pixels, windows[0], scales)
+    peaks = _tiled_decoder_peaks(fine, live, pixels, windows[0], scales, fused=True)
     return _cost(fine, extractor_flops + low_flops + repeated, extractor, *peaks)
 
 
@@ -207,26 +202,40 @@ def _encoder_peak(config, live, pixels, start, stop):
     return _peak((live["block"], _array(config, pixels, s, s)) for s in range(start, stop))
 
 
-def _decoder_peak(config, live, pixels, start, stop):
-    """The same of a decoder; scales as the encoder counts them, and the image itself where `start` is 0."""
+def _decoder_peak(config, live, pixels, start, stop, fused=False):
+    """The same of a decoder; scales as the encoder counts them, and the image itself where `start` is 0.
+
+    fused: of D_f*, which holds what it has yet to fuse beside.
+    """
     last = len(config.multipliers) - 1
     upsample = live["unfold" if config.unfold else "upsample"]
-    arrays = [(live["block"], _array(config, pixels, s, s)) for s in range(start, stop)]
-    arrays += [(upsample, _array(config, pixels, s, s + 1)) for s in range(start, min(stop, last))]
+    arrays, beside = [], 0  # (how many live at once, bytes of one, bytes that D_f* holds beside)
     if start == 0:
         width, side = config.base_channels * config.multipliers[0], config.patch
         while side > 1:
             side //= 2
-            bytes_of_pixel = jnp.dtype(config.compute_dtype).itemsize * width
-            arrays.append((live["enlarge"], bytes_of_pixel * pixels // side**2))
+            bytes_of_channel = jnp.dtype(config.compute_dtype).itemsize * pixels // side**2
+            arrays.append((live["enlarge"], bytes_of_channel * width, 0))
             width = config.pixel_channels * side
-    return _peak(arrays)
+            beside += bytes_of_channel * width
+        # What the low-quality pixels add within a patch XLA makes before it runs the scales.
+        arrays = [(number, size, beside) for number, size, _ in arrays]
+    for s in range(start, stop):
+        skip = _array(config, pixels, s, s)
+        beside += skip
+        arrays.append((live["block"], skip, beside + skip))  # itself and its projection
+        if s < last:
+            arrays.append((upsample, _array(config, pixels, s, s + 1), beside + skip))
+    peak = max(number * size + fused * held for number, size, held in arrays)
+    return _Peak(int(peak), max(size for _, size, _ in arrays))
 
 
-def _tiled_decoder_peaks(config, live, pixels, window, scales):
+def _tiled_decoder_peaks(config, live, pixels, window, scales, fused=False):
     """Of the scales that run in windows of so many pixels, beside what all tiles read, and of the others."""
-    high = _beside(_decoder_peak(config, live, window, 0, scales), _array(config, pixels, scales, scales))
-    return high, _decoder_peak(config, live, pixels, scales, len(config.multipliers))
+    high = _beside(
+        _decoder_peak(config, live, window, 0, scales, fused), _array(config, pixels, scales, scales)
+    )
+    return high, _decoder_peak(config, live, pixels, scales, len(config.multipliers), fused)
 
 
 def _peak(arrays):

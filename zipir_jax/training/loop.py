@@ -24,7 +24,6 @@ from zipir_jax.data.pipeline import Batches, batch_shapes, batches, crop_size
 from zipir_jax.data.sources import Source, open_sources
 from zipir_jax.data.text import TextEmbeddings
 from zipir_jax.imageio import to_uint8
-from zipir_jax.metrics.fidelity import load_lpips
 from zipir_jax.models.flops import peak_flops
 from zipir_jax.models.lp_vae import COARSE_FACTOR, FACTOR
 from zipir_jax.photograph import write_image
@@ -32,7 +31,7 @@ from zipir_jax.signals import delayed_signals
 from zipir_jax.training import checkpoint
 from zipir_jax.training.flops import training_flops
 from zipir_jax.training.log import MetricsLog
-from zipir_jax.training.losses import LPIPS_SMALLEST, lpips_net
+from zipir_jax.training.losses import LPIPS_SMALLEST, lpips_group
 from zipir_jax.training.stages import STAGES
 from zipir_jax.training.state import create_state, train_step
 from zipir_jax.training.statistics import macro_statistics
@@ -98,11 +97,7 @@ def train(config: TrainConfig, resume: str = "") -> Path:
             raise ValueError(f"{output}: the checkpoint of step {resumed} is beyond steps {config.steps}")
         state = checkpoint.restore(checkpoints, resumed, abstract, data)
     frozen = {group: start_from[group] for group in {"statistics", *stage.needs(config)}}
-    read_only = (
-        frozen
-        if config.stage == "dit"
-        else frozen | {"lpips": load_lpips(lpips_net(config.loss.lpips_net))[0]}
-    )
+    read_only = frozen | lpips_group(config)
     read_only = parallel.put(read_only, parallel.parameter_shardings(mesh, read_only))
 
     # -- compile -----------------------------------------------------------------------------------
@@ -445,7 +440,7 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"a crop's side of {side} pixels is not a multiple of {multiple}")
     if config.stage != "dit":
         side = min(sides) // (COARSE_FACTOR if config.stage == "coarse" else 1)
-        smallest = max(LPIPS_SMALLEST, config.loss.lpips_crop)
+        smallest = max(LPIPS_SMALLEST, config.loss.lpips_crop) if config.loss.lpips else 0
         if config.loss.adversarial > 0:  # its last two convolutions, of stride 1, take a pixel each
             smallest = max(smallest, 3 * 2**config.discriminator.layers)
         if 0 < config.loss.lpips_crop < LPIPS_SMALLEST:

@@ -25,6 +25,13 @@ def lpips_net(name: str) -> str:
     return "alexnet" if jax.default_backend() == "cpu" else "vgg16"
 
 
+def lpips_group(config: TrainConfig) -> dict:
+    """{"lpips": the network's parameters}, which the step reads, or {} where no loss of the stage counts LPIPS."""
+    if config.stage == "dit" or not config.loss.lpips:
+        return {}
+    return {"lpips": load_lpips(lpips_net(config.loss.lpips_net))[0]}
+
+
 def kl_divergence(mean: Float[Array, "b h w c"], log_variance: Float[Array, "b h w c"]) -> Float[Array, ""]:
     """KL(N(mean, variance) || N(0, 1)), summed over each latent, averaged over the batch."""
     kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1 - log_variance)
@@ -51,7 +58,7 @@ def image_gradients(
     decoder: Callable,
     inputs: Callable,
     target: Float[Array, "b h w 3"],
-    lpips_params: dict,
+    lpips_params: dict | None,
     key,
     adversarial: bool,
 ) -> tuple[dict, dict]:
@@ -66,10 +73,11 @@ def image_gradients(
     that the weight costs no second backward pass. Before the discriminator's start, `adversarial` is False: it is then
     left out.
 
+    `lpips_params` may be None where `loss.lpips` is 0.
+
     Returns (gradients with the structure of `params`, metrics).
     """
     loss = config.loss
-    _, lpips_distance = load_lpips(lpips_net(loss.lpips_net))
 
     def features(generator):
         arrays, kl = inputs(generator)
@@ -85,7 +93,8 @@ def image_gradients(
         l1 = jnp.abs(image - target).mean()
         if not loss.lpips:
             return loss.l1 * l1, {"l1": l1}
-        lpips = lpips_distance(lpips_params, *random_windows(key, loss.lpips_crop, image, target)).mean()
+        _, distance = load_lpips(lpips_net(loss.lpips_net))
+        lpips = distance(lpips_params, *random_windows(key, loss.lpips_crop, image, target)).mean()
         return loss.l1 * l1 + loss.lpips * lpips, {"l1": l1, "lpips": lpips}
 
     (total, metrics), image_gradient = jax.value_and_grad(reconstruction, has_aux=True)(image)

@@ -24,14 +24,14 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     o = config.optimizer
 
     def kernels(params):
-        # By name: in the DiT's stacked blocks biases and norm scales have two axes as well.
-        return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+        return jax.tree.map_with_path(lambda path, _: _is_kernel(path), params)
 
     if o.algorithm == "muon":
         generator = optax.contrib.muon(
             learning_rate(config),
             beta=o.momentum,
             weight_decay=o.weight_decay,
+            weight_decay_mask=kernels,
             adam_b1=o.beta1,
             adam_b2=o.beta2,
             consistent_rms=0.2,  # root mean square of the updates / learning rate, as AdamW's (Liu et al. 2025)
@@ -54,6 +54,11 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.apply_if_finite(both, max_consecutive_errors=2**31 - 1)
 
 
+def _is_kernel(path) -> bool:
+    # By name: in the DiT's stacked blocks biases and norm scales have two axes as well.
+    return path[-1].key == "kernel"
+
+
 def _matrices(params: dict) -> dict:
     """Of each kernel which axes Muon takes for a matrix's rows and columns; None for what is no kernel.
 
@@ -62,7 +67,7 @@ def _matrices(params: dict) -> dict:
     """
 
     def matrix(path, x):
-        if path[-1].key != "kernel":
+        if not _is_kernel(path):
             return None
         rows = (0, 1, 2) if x.ndim == 4 else (x.ndim - 2,)
         return optax.contrib.MuonDimensionNumbers(rows, (x.ndim - 1,))

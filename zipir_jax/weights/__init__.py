@@ -161,7 +161,9 @@ def check_weights(
             raise ValueError(f"{folder}: unknown group {group}; a model has {', '.join(expected)}")
         shapes = expected[group]
         if group == "statistics":  # those of the whole latent are there from the fine stage on
-            shapes = {name: s for name, s in shapes.items() if name in tree or not name.startswith("latent_")}
+            shapes = {
+                name: s for name, s in shapes.items() if "latent_mean" in tree or name.startswith("macro_")
+            }
         check_shapes(f"{folder}: {group}", tree, shapes)
     return config
 

@@ -15,7 +15,7 @@ pretrained      the groups that `needs` names, and those of MAKES that `init_fro
 images          batches [b, h, w, 3] of clean images, for measuring statistics
 weights         `generator | frozen`, all that the stage knows
 params          {"generator": what is trained, "discriminator": its opponent's parameters, or {} without one}
-frozen          the groups that it needs, and "statistics"; in `gradients` also "lpips", the parameters of LPIPS
+frozen          the groups that it needs, and "statistics"; in `gradients` also `losses.lpips_group`
 batch           {"image", "lq"}: float32 [b, h, w, 3] in [-1, 1], the clean images and the degraded ones; and, for the
                 DiT, "text" and "text_lengths", or "latent" and "lq_latent" in place of images (see data/pipeline.py)
 key             jax.random key; gradients of one step, and sample grids, use one each

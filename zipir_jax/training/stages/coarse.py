@@ -56,7 +56,7 @@ def gradients(
         inputs=inputs,
         decoder=functools.partial(_decoder, config),
         target=area_downsample(image, COARSE_FACTOR),
-        lpips_params=frozen["lpips"],
+        lpips_params=frozen.get("lpips"),
         key=loss_key,
         adversarial=adversarial,
     )

@@ -57,7 +57,7 @@ def gradients(
         inputs=inputs,
         decoder=lambda generator: bind(Decoder, vae.fine, generator["fine_decoder"]),
         target=image,
-        lpips_params=frozen["lpips"],
+        lpips_params=frozen.get("lpips"),
         key=loss_key,
         adversarial=adversarial,
     )

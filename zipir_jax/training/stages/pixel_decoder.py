@@ -70,7 +70,7 @@ def gradients(
         inputs=lambda generator: ((latent, batch["lq"]), jnp.zeros(())),  # no KL: the latent is given
         decoder=functools.partial(_decoder, config),
         target=batch["image"],
-        lpips_params=frozen["lpips"],
+        lpips_params=frozen.get("lpips"),
         key=loss_key,
         adversarial=adversarial,
     )
