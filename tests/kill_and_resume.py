@@ -90,10 +90,14 @@ def start(
     command = [sys.executable, "-m", "zipir_jax.train", "--config", f"configs/{CONFIGS[stage]}.py"]
     for name, value in options.items():
         command += [f"--{name}", *(str(value).split(" ") if value != "" else [""])]
+    devices = devices or (2 if processes > 1 else 1)
     environment = os.environ | {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices or (2 if processes > 1 else 1)),
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        # A collective holds its thread until all devices have come to it, and XLA starts those of a loop and those
+        # beside it in any order: with a thread for each device, all can be held in two that wait for one another.
+        "PJRT_NPROC": str(2 * devices),
     }
     if processes > 1:
         with socket.socket() as free:

@@ -53,7 +53,7 @@ def evaluate(
     Args:
         hq: folder of clean photographs; sides are cropped at the centre to multiples of 16 pixels
         photo: photographs of scikit-image instead, separated by commas: astronaut, chelsea, coffee, motorcycle_left,
-            rocket
+            page, rocket, text
         task: degradations, separated by commas: sr8, sr16, mixture, fig4, fig4_x4
         weights: folder of weights
         seed: of the degradations' noise and of the noise that the sampler starts from

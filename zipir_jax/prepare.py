@@ -1,5 +1,6 @@
 """Command line that prepares and inspects training data: `python -m zipir_jax.prepare COMMAND --help`."""
 
+import dataclasses
 import itertools
 import os
 import sys
@@ -248,7 +249,8 @@ def statistics(
     from zipir_jax.config import MODELS, TrainConfig
     from zipir_jax.data.sources import open_sources
     from zipir_jax.training.loop import statistics_images
-    from zipir_jax.training.statistics import latent_statistics, macro_statistics
+    from zipir_jax.training.stages import STAGES
+    from zipir_jax.training.statistics import macro_statistics
     from zipir_jax.weights import load_weights, save_weights
 
     if model not in MODELS:
@@ -256,17 +258,13 @@ def statistics(
     data = DataConfig(sources=sources, resolutions=(resolution,))
     config = TrainConfig(data=data, statistics_images=images, seed=seed)
     source = open_sources(sources)
+    samples = statistics_images(config, source)
     if weights is None:
-        model_config, groups = (
-            MODELS[model],
-            {"statistics": macro_statistics(statistics_images(config, source))},
-        )
+        model_config, groups = MODELS[model], {"statistics": macro_statistics(samples)}
     else:
         model_config, groups = load_weights(weights, ("statistics", "coarse_encoder", "fine_encoder"))
-        degradation = config.degradation if model_config.diffusion.residual else None
-        images = statistics_images(config, source)
-        measured = latent_statistics(model_config.lp_vae, groups, images, degradation)
-        groups["statistics"] = groups["statistics"] | measured
+        config = dataclasses.replace(config, model=model_config)
+        groups["statistics"] = STAGES["fine"].statistics(config, groups, samples)
     save_weights(output, model_config, groups)
     for name, values in groups["statistics"].items():
         print(f"{name}: {np.array2string(values, precision=3, max_line_width=10**6)}")

@@ -16,7 +16,9 @@ PHOTOS = {
     "chelsea": "chelsea.png",  # 451 x 300
     "coffee": "coffee.png",  # 600 x 400
     "motorcycle_left": "motorcycle_left.png",  # 741 x 497
+    "page": "page.png",  # 384 x 191, printed writing
     "rocket": "rocket.jpg",  # 640 x 427
+    "text": "text.png",  # 448 x 172, handwriting
 }
 CROP_MULTIPLE = 16  # pixels; a multiple of every task's downscale, so that all tasks see the same original
 

@@ -211,15 +211,16 @@ def _decoder_peak(config, live, pixels, start, stop, fused=False):
     upsample = live["unfold" if config.unfold else "upsample"]
     arrays, beside = [], 0  # (how many live at once, bytes of one, bytes that D_f* holds beside)
     if start == 0:
-        width, side = config.base_channels * config.multipliers[0], config.patch
-        while side > 1:
-            side //= 2
-            bytes_of_channel = jnp.dtype(config.compute_dtype).itemsize * pixels // side**2
-            arrays.append((live["enlarge"], bytes_of_channel * width, 0))
-            width = config.pixel_channels * side
-            beside += bytes_of_channel * width
+        sides = [config.patch >> n for n in range(1, config.patch.bit_length())]
+        made = [config.pixel_channels * side for side in sides]
+        read = [config.base_channels * config.multipliers[0], *made[:-1]]
+
+        def size(channels, side):
+            return jnp.dtype(config.compute_dtype).itemsize * channels * pixels // side**2
+
         # What the low-quality pixels add within a patch XLA makes before it runs the scales.
-        arrays = [(number, size, beside) for number, size, _ in arrays]
+        beside = sum(map(size, made, sides))
+        arrays = [(live["enlarge"], bytes_read, beside) for bytes_read in map(size, read, sides)]
     for s in range(start, stop):
         skip = _array(config, pixels, s, s)
         beside += skip
